@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -120,6 +120,12 @@ class DataFields(Fields):
         """Unique images of a split before augmentation; None when they never repeat."""
         raise NotImplementedError
 
+    def images_cached(self, split: Literal["train", "heldout"]) -> int:
+        """Images of a split that a code cache holds."""
+        unique = self.images(split)
+        assert unique is not None, "a source without a fixed number of images says how many it caches"
+        return unique * (self.views if split == "train" else self.views_heldout)
+
     @property
     def flops_image(self) -> float:
         """FLOPs to make one image (0 when it is read, not computed)."""
@@ -166,7 +172,11 @@ class DeadLeaves(DataFields):
     """Occluding shapes with power-law sizes (Lee, Mumford and Huang 2001): class = shape family x palette."""
 
     size: int = Field(32, ge=8, le=512)
-    shapes: tuple[Literal["disk", "square", "triangle", "ellipse", "star"], ...] = ("disk", "square", "triangle")
+    shapes: tuple[Literal["disk", "square", "triangle", "ellipse", "star"], ...] = (
+        "disk",
+        "square",
+        "triangle",
+    )
     palettes: int = Field(4, ge=1, le=12)
     exponent: float = Field(3.0, gt=1, le=6, description="density of radii ~ r^-exponent")
     radius_min: float = Field(0.04, gt=0, lt=1, description="smallest radius, as a share of the image side")
@@ -195,6 +205,9 @@ class DeadLeaves(DataFields):
 
     def images(self, split: Literal["train", "heldout"]) -> int | None:
         return None
+
+    def images_cached(self, split: Literal["train", "heldout"]) -> int:
+        return self.cached if split == "train" else self.cached_heldout
 
     @property
     def flops_image(self) -> float:
@@ -320,7 +333,12 @@ class Runtime(Fields):
 
 
 class Family(Fields):
-    """What every trained family shares."""
+    """What every trained family shares.
+
+    ``ladder`` names sizes that a grid may list under ``sizes``: name -> the fields that it sets.
+    """
+
+    ladder: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def networks(self) -> frozenset[str]:
         """Names of networks that take part in training as loss, latent, target, condition or teacher.
@@ -467,30 +485,41 @@ MULTIPLIERS: dict[int, tuple[int, ...]] = {
 class VQ(TokenizerFields):
     """Convolutional VQ tokenizer with the structure of VQGAN as LlamaGen uses it (arXiv 2406.06525, sec. 3.1).
 
-    ``tokens`` must be a square number whose side divides the image side by a power of two.
+    ``tokens`` must be a square number whose side divides the image side by a power of two. With ``input_size``
+    the images are resized to that side first and back after decoding (256 px data through a 16-fold tokenizer give
+    400 tokens at 320 px and 576 at 384); losses and metrics stay at the size of the data.
     """
 
+    absent: ClassVar[dict[str, Any]] = {"input_size": None}
     tokens: int = Field(16, ge=1, description="tokens per image")
     codebook: int = Field(256, ge=2, le=2**24, description="K, entries of the codebook")
     code_dim: int = Field(8, ge=1, description="channels of a code")
     width: int = Field(32, ge=4, multiple_of=4, description="channels at full resolution")
-    multipliers: tuple[int, ...] | None = Field(None, description="width factor per level; None takes the table")
-    res_blocks: int = Field(1, ge=1, description="residual blocks per level (the decoder has one more)")
+    multipliers: tuple[Annotated[int, Field(ge=1, le=1024)], ...] | None = Field(
+        None, description="width factor per level; None takes the table"
+    )
+    res_blocks: int = Field(1, ge=1, le=64, description="residual blocks per level (the decoder has one more)")
     attention: bool = Field(True, description="self-attention at the lowest resolution and in the middle")
     normalize: bool = Field(True, description="latents and codes on the unit sphere")
     commitment: float = Field(0.25, ge=0)
     reset_every: int = Field(100, ge=0, description="trunk steps between resets of dead codes; 0 is never")
     reset_below: float = Field(0.03, ge=0, lt=1, description="a code is dead below this share of even usage")
+    input_size: int | None = Field(
+        None, ge=8, le=2048, description="side in px of what the encoder sees; None is the data's"
+    )
+
+    def side(self, data: DataFields) -> int:
+        """Pixels along the side of the image that the encoder sees and the decoder paints."""
+        return self.input_size or data.resolution
 
     def levels(self, data: DataFields) -> int:
-        side = math.isqrt(self.tokens)
-        factor = data.resolution // side if side else 0
-        fits = side * side == self.tokens and factor * side == data.resolution and factor & (factor - 1) == 0
+        side, pixels = math.isqrt(self.tokens), self.side(data)
+        factor = pixels // side
+        fits = side * side == self.tokens and factor * side == pixels and factor & (factor - 1) == 0
         if not fits:
-            allowed = [str((data.resolution >> k) ** 2) for k in range(len(MULTIPLIERS)) if data.resolution >> k]
+            allowed = [str((pixels >> k) ** 2) for k in range(len(MULTIPLIERS)) if pixels % (1 << k) == 0]
             raise ValueError(
-                f"tokens: {self.tokens} does not tile a {data.resolution} x {data.resolution} image; "
-                f"allowed here: {', '.join(allowed)}"
+                f"tokens: {self.tokens} does not tile a {pixels} x {pixels} image; allowed here: {', '.join(allowed)}"
             )
         levels = factor.bit_length()
         if self.multipliers is None and levels not in MULTIPLIERS:
@@ -509,7 +538,7 @@ class VQ(TokenizerFields):
         return Latent(side, side, codebook=self.codebook)
 
     def _encoder(self, data: DataFields) -> list[Layer]:
-        widths, side = self.channels(data), data.resolution
+        widths, side = self.channels(data), self.side(data)
         layers = [_conv(data.channels, widths[0], side, first=True)]
         cin = widths[0]
         for level, cout in enumerate(widths):
@@ -522,7 +551,11 @@ class VQ(TokenizerFields):
             if not last:
                 side //= 2
                 layers.append(_conv(cout, cout, side))
-        layers += [*_res(cin, cin, side), *(_attention(cin, side) if self.attention else ()), *_res(cin, cin, side)]
+        layers += [
+            *_res(cin, cin, side),
+            *(_attention(cin, side) if self.attention else ()),
+            *_res(cin, cin, side),
+        ]
         between = 2 * self.width  # channels on both sides of the code, as in LlamaGen (256 at width 128)
         layers += [_norm(cin, side), _conv(cin, between, side), _conv(between, self.code_dim, side, kernel=1)]
         return layers
@@ -535,7 +568,11 @@ class VQ(TokenizerFields):
         widths, side = self.channels(data), math.isqrt(self.tokens)
         cin, between = widths[-1], 2 * self.width
         layers = [_conv(self.code_dim, between, side, kernel=1), _conv(between, cin, side)]
-        layers += [*_res(cin, cin, side), *(_attention(cin, side) if self.attention else ()), *_res(cin, cin, side)]
+        layers += [
+            *_res(cin, cin, side),
+            *(_attention(cin, side) if self.attention else ()),
+            *_res(cin, cin, side),
+        ]
         for level, cout in reversed(list(enumerate(widths))):
             for _ in range(self.res_blocks + 1):
                 layers += _res(cin, cout, side)
@@ -601,6 +638,7 @@ SIZES: dict[str, Size] = {
 class Llama(GeneratorFields):
     """Class-conditional Llama-style autoregressive transformer over code ids (LlamaGen, arXiv 2406.06525)."""
 
+    ladder: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: size._asdict() for name, size in SIZES.items()}
     layers: int = Field(2, ge=1)
     width: int = Field(64, ge=4)
     heads: int = Field(2, ge=1)
@@ -624,38 +662,39 @@ class Llama(GeneratorFields):
         multiple = 256 if self.width >= 256 else 8
         return self.ffn or multiple * math.ceil(self.width * 8 / 3 / multiple)
 
+    @staticmethod
+    def _codebook(latent: Latent) -> int:
+        if latent.codebook is None:
+            raise ValueError("family: llama reads code ids; its tokenizer gives continuous latents")
+        return latent.codebook
+
     def _weights(self) -> int:
         """Weights of the matrix products of one block."""
         return 4 * self.width**2 + 3 * self.width * self.hidden
 
     def params(self, latent: Latent, classes: int) -> Params:
-        assert latent.codebook is not None
         norms = 2 * self.width + (2 * self.width // self.heads if self.qk_norm else 0)
         core = self.layers * (self._weights() + norms) + self.width
-        return Params(core, core + self.width * (2 * latent.codebook + classes + 1))
+        return Params(core, core + self.width * (2 * self._codebook(latent) + classes + 1))
 
     def flops(self, latent: Latent, classes: int) -> Flops:
-        assert latent.codebook is not None
         length = latent.tokens
         block = 2.0 * length * self._weights() + 4.0 * length * length * self.width
-        forward = self.layers * block + 2.0 * length * self.width * latent.codebook
+        forward = self.layers * block + 2.0 * length * self.width * self._codebook(latent)
         return Flops(forward, 2.0 * forward)
 
     def flops_sample(self, latent: Latent, classes: int, guided: bool) -> float:
-        assert latent.codebook is not None
         length = latent.tokens
         block = 2.0 * length * self._weights() + 2.0 * length * (length + 1) * self.width
-        forward = self.layers * block + 2.0 * length * self.width * latent.codebook
+        forward = self.layers * block + 2.0 * length * self.width * self._codebook(latent)
         return forward * (2 if guided else 1)
 
     def activations(self, latent: Latent, classes: int) -> float:
-        assert latent.codebook is not None
         block = latent.tokens * (8 * self.width + 3 * self.hidden)
-        return float(self.layers * block + 2 * latent.tokens * latent.codebook)
+        return float(self.layers * block + 2 * latent.tokens * self._codebook(latent))
 
     def build(self, latent: Latent, classes: int) -> nn.Module:
-        if latent.codebook is None:
-            raise ValueError("family: llama reads code ids; its tokenizer gives continuous latents")
+        self._codebook(latent)
         from models.generators.autoregressive import Transformer
 
         return Transformer(self, latent, classes)
@@ -691,18 +730,22 @@ class Protocol(Fields):
 
 
 class Extractor(NamedTuple):
-    """A metric extractor: its weights under models/weights (None: downloaded or by path), what it was trained on."""
+    """A metric extractor: its weights under models/weights (None: downloaded or by path), what it was trained on.
+
+    ``flops_image`` prices one image (Inception: 5.7 G multiply-accumulates at 299 px; the small ones rounded up).
+    """
 
     weights: str | None
     trained: str
+    flops_image: float = 0.0
 
 
 EXTRACTORS: dict[str, Extractor] = {
-    "digits-supervised": Extractor("digits-supervised.safetensors", "classifier of augmented training digits"),
-    "digits-contrastive": Extractor("digits-contrastive.safetensors", "SimCLR on augmented training digits"),
-    "dead-leaves-supervised": Extractor("dead-leaves-supervised.safetensors", "classifier of dead leaves"),
-    "dead-leaves-contrastive": Extractor("dead-leaves-contrastive.safetensors", "SimCLR on dead leaves"),
-    "inception-v3-compat": Extractor(None, "Inception v3 of the reference FID code, ImageNet labels"),
+    "digits-supervised": Extractor("digits-supervised.safetensors", "classifier of augmented training digits", 5e6),
+    "digits-contrastive": Extractor("digits-contrastive.safetensors", "SimCLR on augmented training digits", 5e6),
+    "dead-leaves-supervised": Extractor("dead-leaves-supervised.safetensors", "classifier of dead leaves", 1e8),
+    "dead-leaves-contrastive": Extractor("dead-leaves-contrastive.safetensors", "SimCLR on dead leaves", 1e8),
+    "inception-v3-compat": Extractor(None, "Inception v3 of the reference FID code, ImageNet labels", 1.14e10),
 }
 
 

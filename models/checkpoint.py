@@ -1,0 +1,169 @@
+"""How is training state put on disk and read back? Safetensors and JSON, newest valid wins, nothing is unpickled.
+
+Two kinds of folder. ``ckpt`` holds resumable states, ``trunk-<step>`` and ``branch-<point>-<step>``: the last two,
+and the trunk state that the branch in progress left from. ``points`` holds the weights at measurement points, raw
+and averaged, which evaluations and later stages load; they are kept.
+
+A state is a folder that appears by one rename, so that a killed writer leaves nothing that looks valid; a file
+that was damaged later fails its checksum and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One resumable state on disk: on the trunk (``point`` None) or on the branch to ``point``."""
+
+    path: Path
+    point: int | None
+    step: int
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(folder: Path, name: str, state: State, meta: dict[str, Any]) -> None:
+    """Write ``<name>.safetensors`` and ``<name>.json`` as one new folder that appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        tensors = staging / f"{name}.safetensors"
+        save_file({key: value.detach().contiguous().cpu() for key, value in state.items()}, tensors)
+        record = {**meta, "crc32": _checksum(tensors), "bytes": tensors.stat().st_size}
+        (staging / f"{name}.json").write_text(json.dumps(record, sort_keys=True))
+        _sync(tensors)
+        _sync(staging / f"{name}.json")
+        if folder.exists():  # an earlier attempt got as far as here
+            shutil.rmtree(folder)
+        os.replace(staging, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read(folder: Path, name: str, device: str = "cpu") -> tuple[State, dict[str, Any]]:
+    """Tensors and meta of a checkpoint folder; ``Damaged`` when any byte of it is not what was written."""
+    tensors = folder / f"{name}.safetensors"
+    try:
+        meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        if tensors.stat().st_size != meta["bytes"] or _checksum(tensors) != meta["crc32"]:
+            raise Damaged(f"{tensors}: its checksum is not the recorded one")
+        with safe_open(tensors, framework="pt", device=device) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise Damaged(f"{tensors}: cannot be read ({error})") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    ``guard`` is called before anything is written; the worker passes a check that its attempt still owns the run.
+    """
+
+    def __init__(self, ckpt: Path, points: Path, guard: Callable[[], None] = lambda: None, keep: int = 2) -> None:
+        self.ckpt, self.points, self.guard, self.keep = ckpt, points, guard, keep
+
+    def _saved(self) -> Iterator[Saved]:
+        if not self.ckpt.is_dir():
+            return
+        for path in self.ckpt.iterdir():
+            match path.name.split("-"):
+                case ["trunk", step]:
+                    yield Saved(path, None, int(step))
+                case ["branch", point, step]:
+                    yield Saved(path, int(point), int(step))
+
+    def save(self, state: State, meta: dict[str, Any], step: int, point: int | None = None) -> None:
+        """Save a resumable state and drop those that are no longer needed."""
+        self.guard()
+        name = f"trunk-{step:08d}" if point is None else f"branch-{point:08d}-{step:08d}"
+        write(self.ckpt / name, "state", state, meta)
+        kept = sorted((s for s in self._saved() if s.point is None), key=lambda s: s.step)[-self.keep :]
+        branch = sorted((s for s in self._saved() if s.point == point), key=lambda s: s.step)[-self.keep :]
+        for saved in self._saved():
+            if saved not in kept and (point is None or saved not in branch):
+                shutil.rmtree(saved.path, ignore_errors=True)
+
+    def _newest(self, fits: list[Saved], device: str) -> tuple[State, Saved] | None:
+        for saved in sorted(fits, key=lambda s: (s.point is not None, s.step), reverse=True):
+            try:
+                return read(saved.path, "state", device)[0], saved
+            except Damaged:
+                continue
+        return None
+
+    def resume_trunk(self, leaves: int, device: str = "cpu") -> tuple[State, Saved] | None:
+        """The newest valid trunk state at or before step ``leaves``."""
+        return self._newest([s for s in self._saved() if s.point is None and s.step <= leaves], device)
+
+    def resume(self, point: int, leaves: int, device: str = "cpu") -> tuple[State, Saved] | None:
+        """The newest valid state on the way to ``point``: on its branch, else on the trunk before it."""
+        return self._newest([s for s in self._saved() if s.point == point], device) or self.resume_trunk(leaves, device)
+
+    def has_point(self, point: int) -> bool:
+        return (self.points / f"{point:08d}" / "point.json").exists()
+
+    def save_point(self, point: int, state: State, meta: dict[str, Any]) -> None:
+        self.guard()
+        write(self.points / f"{point:08d}", "point", state, {**meta, "point": point})
+        for saved in self._saved():
+            if saved.point == point:
+                shutil.rmtree(saved.path, ignore_errors=True)
+
+    def drop_point(self, point: int) -> None:
+        self.guard()
+        shutil.rmtree(self.points / f"{point:08d}", ignore_errors=True)
+
+
+def load_point(
+    folder: Path, point: int, module: torch.nn.Module, weights: Literal["ema", "raw"], device: str = "cpu"
+) -> dict[str, Any]:
+    """Load the weights of a measurement point under ``folder`` (a run's ``points``) into ``module``; return its meta.
+
+    ``ema`` takes the averaged parameters, and the raw tensors for what is not averaged (buffers).
+    """
+    state, meta = read(folder / f"{point:08d}", "point", device)
+    chosen = {key.removeprefix("raw."): value for key, value in state.items() if key.startswith("raw.")}
+    if weights == "ema":
+        averaged = {key.removeprefix("ema."): value for key, value in state.items() if key.startswith("ema.")}
+        if not averaged:
+            raise ValueError(f"weights: ema asked for, but {folder}/{point:08d} was trained with ema 0; allowed: raw")
+        chosen |= averaged
+    module.load_state_dict(chosen)
+    return meta
