@@ -1,13 +1,11 @@
-"""What every table holds, and how parts of it are written, verified and compacted.
+"""How are tables written, verified and compacted? Atomic parts per run; one file per table, rebuilt at will.
 
     python -m sweep.tables verify results/digits      # open every part, name the damaged ones
     python -m sweep.tables compact results/digits     # one file per table, sources kept
 
-Schemas are pyarrow; changes are additive, a type never changes, and a column's unit is in its name or its entry
-in ``results/README.md``. A missing value is null with a reason beside it, never 0.
-
 A run writes parts ``tables/<table>/study=<s>/run=<run_id>/<attempt>-<seq>.parquet``, each whole or not at all, and
-never changes one. Rows of a later attempt supersede those of an earlier one with the same ``CURRENT`` key.
+never changes one. Rows of a later attempt supersede those of an earlier one with the same ``CURRENT`` key. The
+columns are in ``sweep.schema``.
 """
 
 from __future__ import annotations
@@ -18,176 +16,23 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sweep import rundir
+from sweep import arrow, rundir
+from sweep.schema import CURRENT, CURVES, DISTINCT, IMAGES, PLAN, RUNS, TABLES, VERSION, schema
 
-VERSION = 1  # of the layout of a results folder; readers refuse a folder that says another
-
-S, I, F, B = pa.string(), pa.int64(), pa.float64(), pa.bool_()
-
-# One row per planned run. Rows of later stages repeat what they were built from (tokenizer_*, generator_*), so
-# that one file answers most questions without a join. A point is a step count of a run that is measured.
-PLAN: dict[str, pa.DataType] = {
-    "study": S,
-    "run_id": S,
-    "stage": S,
-    "family": S,
-    "label": S,  # what a person calls it: "vq 16x64 s0 > llama 120k s0 @ 1e11"
-    "data": S,
-    "seed": I,
-    "upstream": pa.list_(S),  # checkpoints ("t0123456789ab@2000") or run ids that have to be done before
-    "points": pa.list_(I),  # steps at which a trained run is measured, each with a checkpoint of its own
-    "encode": pa.list_(I),  # points of a tokenizer whose codes generators train on
-    "checkpoint": S,  # evaluation rows: the checkpoint that is measured
-    "point": I,  # evaluation rows: its step
-    "protocol": S,  # evaluation rows: name of the protocol in the grid
-    "protocol_id": S,  # and the hash of its fields
-    "fields": S,  # JSON of the family's fields
-    "recipe": S,  # JSON of the training recipe
-    "config": S,  # JSON of everything a worker needs
-    "tokenizer": S,  # checkpoint id of the tokenizer that this row is or was built from
-    "tokenizer_family": S,
-    "tokenizer_seed": I,
-    "tokenizer_steps": I,
-    "tokens": I,
-    "codebook": I,
-    "bits_nominal": F,
-    "generator": S,  # run id
-    "generator_family": S,
-    "generator_size": S,
-    "generator_seed": I,
-    "evaluation_seed": I,
-    "params_core": I,
-    "params_total": I,
-    "batch": I,
-    "lr": F,
-    "steps": I,  # longest point
-    "images": F,  # steps x batch, to the longest point (or to this point)
-    "epochs": F,  # images / unique training images; null where images never repeat
-    "flops_target": F,  # the budget that asked for this point
-    "flops_to_point": F,  # training FLOPs of the path to this point, its decay branch included: the x of a law
-    "flops_paid": F,  # training FLOPs of all pieces of this run, shared trunk once: the bill
-    "flops_data": F,  # making the images
-    "flops_encode": F,  # encoding the training images into codes, once per tokenizer checkpoint
-    "flops_upstream": F,  # training FLOPs of the stages this row was built from, to their points
-    "flops_sample": F,  # evaluation: sampling, search included
-    "flops_measure": F,  # evaluation: decoding and metric features
-    "flops_total": F,  # everything this row itself costs
-    "mem_gib": F,
-    "disk_gib": F,
-    "gpu_h_low": F,
-    "gpu_h_high": F,
-    "price": S,  # "band" or "measured"
-    "axes": S,  # JSON: grid axis -> value, for free-form grouping
-    "flags": S,  # comma-separated: lr_edge, ...
-}
-
-# One row per (attempt of a) run that ended: what it was, what it cost, how it ended.
-RUNS: dict[str, pa.DataType] = {
-    "study": S,
-    "run_id": S,
-    "stage": S,
-    "family": S,
-    "label": S,
-    "attempt": I,
-    "status": S,  # done, diverged, failed, cancelled
-    "reason": S,  # why, when not done
-    "seed": I,
-    "steps": I,  # steps trained in all (every piece)
-    "params_core": I,
-    "params_total": I,
-    "flops_paid": F,
-    "wall_s": F,
-    "train_s": F,  # spent in training steps
-    "flops_per_s": F,  # achieved in training steps
-    "mem_peak_gib": F,
-    "device": S,
-    "threads": I,
-    "host": S,
-    "started": pa.timestamp("us", tz="UTC"),
-    "ended": pa.timestamp("us", tz="UTC"),
-    "commit": S,
-    "dirty": B,
-    "versions": S,  # JSON: python, torch, numpy, torch-fidelity
-}
-
-# Long: one row per (run, step, split, metric, protocol). Training losses and evaluations alike.
-CURVES: dict[str, pa.DataType] = {
-    "study": S,
-    "run_id": S,  # the run that wrote the row (an evaluation writes under its own id)
-    "checkpoint": S,  # what was measured; null on rows written while training
-    "attempt": I,
-    "step": I,
-    "images": F,
-    "epochs": F,
-    "flops": F,  # training FLOPs of the path to this step
-    "split": S,  # train, heldout, or null for generated samples
-    "metric": S,
-    "value": F,
-    "reason": S,  # why value is null
-    "error": F,  # standard error of value where one is known
-    "n": I,  # images behind the value
-    "protocol": S,
-    "protocol_id": S,
-    "extractor": S,
-    "extractor_hash": S,
-    "reference": S,  # train or heldout: what generated or decoded images were compared with
-    "reference_hash": S,
-    "weights": S,
-    "sampler": S,
-    "sampler_steps": I,
-    "temperature": F,
-    "top_k": I,
-    "top_p": F,
-    "guidance": F,
-    "guidance_from": S,  # fixed or search
-    "labels": S,
-    "seed": I,  # of the samples
-}
-
-# Small image grids, so that figures need nothing but tables. Pixels are uint8, row-major, height x width x channel.
-IMAGES: dict[str, pa.DataType] = {
-    "study": S,
-    "run_id": S,
-    "checkpoint": S,
-    "attempt": I,
-    "step": I,
-    "kind": S,  # original, reconstruction, sample
-    "index": I,
-    "label": I,
-    "guidance": F,
-    "height": I,
-    "width": I,
-    "channels": I,
-    "pixels": pa.binary(),
-}
-
-TABLES: dict[str, dict[str, pa.DataType]] = {"plan": PLAN, "runs": RUNS, "curves": CURVES, "images": IMAGES}
-
-
-def schema(table: str) -> pa.Schema:
-    """The Arrow schema of a table; every column may be null."""
-    return pa.schema([pa.field(name, kind) for name, kind in TABLES[table].items()])
-
-
-# Which attempt of a row counts: the highest one with the same values here.
-CURRENT: dict[str, tuple[str, ...]] = {
-    "runs": ("run_id",),
-    "curves": ("run_id", "step", "metric"),
-    "images": ("run_id", "step", "kind"),
-}
-# What a row measures or costs; two current rows that agree on everything else are one row twice.
-MEASURED = frozenset({"value", "reason", "error", "pixels", "images", "epochs", "flops", "label"})
+__all__ = ["CURVES", "IMAGES", "PLAN", "RUNS", "TABLES", "VERSION", "Writer", "compact", "current", "schema", "verify"]
 
 ROW_GROUP_BYTES = 64 << 20
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Damaged(ValueError):
@@ -215,7 +60,7 @@ class Writer:
         ours = {"study": self.study.name, "run_id": self.run_id, "attempt": self.attempt}
         for row in rows:
             assert row.keys() <= TABLES[self.table].keys(), row.keys() - TABLES[self.table].keys()
-            self.rows.append({**row, **ours})
+            self.rows.append({**dict.fromkeys(TABLES[self.table]), **row, **ours})
 
     def flush(self) -> Path | None:
         """Write what was collected; the part's path, or None when there was nothing."""
@@ -224,9 +69,40 @@ class Writer:
         self.guard()
         path = rundir.part_file(self.study, self.table, self.run_id, self.attempt, self.seq)
         assert not path.exists(), path
-        write(self.study, path, pa.Table.from_pylist(self.rows, schema(self.table)), run_id=self.run_id)
+        write(self.study, path, _rows(self.rows, self.table), run_id=self.run_id)
         self.rows, self.seq = [], self.seq + 1
         return path
+
+
+def _rows(rows: list[dict[str, Any]], table: str) -> pa.Table:
+    """Rows that have every column as an Arrow table (without loading pandas, which ``pyarrow.array`` would)."""
+    return pa.Table.from_arrays(
+        [_column([row[field.name] for row in rows], field.type) for field in schema(table)], schema=schema(table)
+    )
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """``arrow.column``, and the types that only written tables have: bool, binary, timestamp in microseconds."""
+    if pa.types.is_timestamp(kind):
+        values = [None if value is None else (value - EPOCH) // timedelta(microseconds=1) for value in values]
+        return arrow.column(values, pa.int64()).view(kind)
+    if not (pa.types.is_boolean(kind) or pa.types.is_binary(kind)):
+        return arrow.column(values, kind)
+    valid = _bits(value is not None for value in values)
+    if pa.types.is_boolean(kind):
+        return pa.Array.from_buffers(kind, len(values), [valid, _bits(bool(value) for value in values)])
+    offsets = np.cumsum([0, *(len(value or b"") for value in values)]).astype(np.int32)
+    data = pa.py_buffer(b"".join(value or b"" for value in values))
+    return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(offsets), data])
+
+
+def _mask(keep: Iterable[bool]) -> pa.Array:
+    held = list(keep)
+    return pa.Array.from_buffers(pa.bool_(), len(held), [None, _bits(held)])
+
+
+def _bits(flags: Iterable[bool]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(np.fromiter(flags, bool), bitorder="little"))
 
 
 def write(study: Path, path: Path, *rows: pa.Table, **meta: str) -> None:
@@ -245,11 +121,13 @@ def _stream(study: Path, path: Path, kind: pa.Schema, rows: Iterator[pa.Table], 
             os.fchmod(file.fileno(), 0o644)
             with pq.ParquetWriter(file, kind.with_metadata(footer), compression="zstd") as writer:
                 held: list[pa.Table] = []
+                gathered = 0
                 for table in rows:
                     held.append(table.replace_schema_metadata(footer))
-                    if sum(table.nbytes for table in held) > ROW_GROUP_BYTES:
+                    gathered += table.get_total_buffer_size()
+                    if gathered > ROW_GROUP_BYTES:
                         writer.write_table(pa.concat_tables(held))
-                        held = []
+                        held, gathered = [], 0
                 if held:
                     writer.write_table(pa.concat_tables(held))
             file.flush()
@@ -263,14 +141,20 @@ def _stream(study: Path, path: Path, kind: pa.Schema, rows: Iterator[pa.Table], 
 # --- reading, for the sweep's own use (analysis.load is the reader) ----------------------------------------------
 
 
-def plan(study: Path, columns: Iterable[str] = tuple(PLAN)) -> list[dict[str, Any]]:
-    """Rows of the plan; ValueError when the folder has another version or the file is damaged."""
+def plan(
+    study: Path, columns: Sequence[str] = tuple(PLAN), run_ids: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the plan, or of some runs; ValueError when the folder has another version or the file is damaged."""
     rundir.check_version(study, VERSION)
     path = rundir.plan_file(study)
     try:
-        rows: list[dict[str, Any]] = pq.ParquetFile(path).read(list(columns)).to_pylist()
+        held = pq.ParquetFile(path).read(list(columns))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise Damaged(f"{path}: cannot be read ({_line(error)}); plan the study again") from None
+    if run_ids is not None:
+        wanted = set(run_ids)
+        held = held.filter(_mask(run_id in wanted for run_id in held["run_id"].to_pylist()))
+    rows: list[dict[str, Any]] = held.to_pylist()
     return rows
 
 
@@ -282,6 +166,7 @@ def parts(study: Path, table: str) -> list[Path]:
 
 def read(path: Path, table: str) -> pa.Table:
     """One part, all columns of the schema (null where it has none); ``Damaged`` names file and reason."""
+    wanted = schema(table)
     try:
         with pq.ParquetFile(path) as file:
             footer = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
@@ -289,26 +174,21 @@ def read(path: Path, table: str) -> pa.Table:
                 raise Damaged(f"{path}: schema version: got {version}; allowed: {VERSION}")
             if f"run={footer.get('run_id')}" != path.parent.name:
                 raise Damaged(f"{path}: holds rows of run {footer.get('run_id')}, not of the folder it lies in")
-            held = file.read().replace_schema_metadata(None)
+            held = file.read(use_threads=False).replace_schema_metadata(None)
+        if held.schema.equals(wanted):
+            return held
+        names = set(held.column_names)
         columns = [
-            held[field.name].cast(field.type) if field.name in held.column_names else _nulls(held, field)
-            for field in schema(table)
+            held[field.name].cast(field.type) if field.name in names else pa.nulls(held.num_rows, field.type)
+            for field in wanted
         ]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise Damaged(f"{path}: cannot be read ({_line(error)})") from None
-    return pa.Table.from_arrays(columns, schema=schema(table))
-
-
-def _nulls(held: pa.Table, field: pa.Field[Any]) -> pa.Array[Any]:
-    return pa.nulls(held.num_rows, field.type)
+    return pa.Table.from_arrays(columns, schema=wanted)
 
 
 def _line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _attempt(path: Path) -> int:
-    return int(path.stem.split("-")[0])
 
 
 def current(rows: pa.Table, table: str) -> pa.Table:
@@ -318,7 +198,7 @@ def current(rows: pa.Table, table: str) -> pa.Table:
     newest: dict[tuple[Any, ...], int] = {}
     for key, attempt in zip(keys, attempts, strict=True):
         newest[key] = max(attempt, newest.get(key, 0))
-    return rows.filter(pa.array([newest[key] == attempt for key, attempt in zip(keys, attempts, strict=True)]))
+    return rows.filter(_mask(newest[key] == attempt for key, attempt in zip(keys, attempts, strict=True)))
 
 
 # --- verify and compact ------------------------------------------------------------------------------------------
@@ -336,26 +216,17 @@ class Problem(NamedTuple):
 def _by_run(study: Path, table: str, problems: list[Problem]) -> Iterator[tuple[str, list[Path], pa.Table]]:
     """The current rows of each run, and the parts they come from; damaged parts go to ``problems`` instead."""
 
-    def attempt(path: Path) -> pa.Table | Problem:
-        try:
-            return read(path, table)
-        except Damaged as error:
-            what = str(error).removeprefix(f"{path}: ")
-            return Problem(path, what, path.parent.name.removeprefix("run="), True)
-
-    with ThreadPoolExecutor(4) as pool:
-        for folder, group in groupby(parts(study, table), key=lambda path: path.parent):
-            paths = list(group)
-            held: list[pa.Table] = []
-            for found in pool.map(attempt, paths) if len(paths) > 1 else map(attempt, paths):
-                if isinstance(found, Problem):
-                    problems.append(found)
-                else:
-                    held.append(found)
-            if held:
-                rows = pa.concat_tables(held)
-                several = len({_attempt(path) for path in paths}) > 1
-                yield folder.name.removeprefix("run="), paths, current(rows, table) if several else rows
+    for folder, group in groupby(parts(study, table), key=lambda path: path.parent):
+        run_id, paths, held = folder.name.removeprefix("run="), list(group), []
+        for path in paths:
+            try:
+                held.append(read(path, table))
+            except Damaged as error:
+                problems.append(Problem(path, str(error).removeprefix(f"{path}: "), run_id, True))
+        if held:
+            rows = pa.concat_tables(held)
+            several = len({path.stem.split("-")[0] for path in paths}) > 1
+            yield run_id, paths, current(rows, table) if several else rows
 
 
 def verify(study: Path) -> list[Problem]:
@@ -363,10 +234,9 @@ def verify(study: Path) -> list[Problem]:
     problems: list[Problem] = []
     holds: dict[str, set[str]] = {table: set() for table in CURRENT}
     for table in CURRENT:
-        names = [name for name in TABLES[table] if name not in MEASURED]
         for run_id, paths, rows in _by_run(study, table, problems):
             holds[table].add(run_id)
-            seen = Counter(zip(*(rows[name].to_pylist() for name in names), strict=True))
+            seen = Counter(zip(*(rows[name].to_pylist() for name in DISTINCT[table]), strict=True))
             if twice := sum(count - 1 for count in seen.values()):
                 what = f"{twice} rows of run {run_id} are there twice, among {len(paths)} parts"
                 problems.append(Problem(paths[-1], what, run_id, False))

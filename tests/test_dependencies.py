@@ -48,7 +48,8 @@ def test_sweep_imports_models_only_in_the_job(path):
 def test_analysis_reads_tables_only(path):
     used = [name for name, _ in imports(path)]
     assert not [name for name in used if name.split(".")[0] in {"models", "torch"}]
-    assert not [n for n in used if n.split(".")[0] == "sweep" and n != "sweep" and not n.startswith("sweep.tables")]
+    schemas = ("sweep.schema", "sweep.tables")
+    assert not [name for name in used if name.startswith("sweep.") and not name.startswith(schemas)]
 
 
 def loaded(module: str) -> set[str]:

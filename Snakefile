@@ -1,0 +1,89 @@
+"""A study from its grid to its figures: one rule per stage, the runs of a stage are the business of sweep.launch.
+
+    snakemake --cores 2                                      # grid.yaml, into results/<study>
+    snakemake --cores 2 --config grid=grids/other.yaml
+    snakemake --profile slurm
+
+The plan is read when this file is, and made first if the grid is newer. Runs are no jobs here and run folders no
+outputs; a stage leaves a small stamp. What is finished is never done again, whatever Snakemake thinks of it.
+"""
+
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+from sweep import stages
+
+GRID = config.get("grid", "grid.yaml")
+try:
+    STUDY = stages.ensure(GRID, config.get("results", "results"))
+    STAMPS = stages.stamps(STUDY)
+except ValueError as error:
+    raise WorkflowError(str(error)) from None
+
+config |= {"study": STUDY.name, "captions": stages.captions(STUDY)}  # for the report
+PLAN = f"{STUDY}/plan.parquet"
+RULES = list(STAMPS)
+
+
+report: "analysis/captions/workflow.rst"
+
+
+rule all:
+    input:
+        f"{STUDY}/figures",
+
+
+for name in RULES:
+
+    rule:
+        name:
+            name
+        input:
+            plan=PLAN,
+            before=[STAMPS[earlier] for earlier in RULES[: RULES.index(name)][-1:]],
+        output:
+            STAMPS[name],
+        handover: True
+        threads: workflow.cores
+        params:
+            python=sys.executable,
+            study=STUDY,
+            stage=stages.RULES[name].stage,
+            of=f"--of {stages.RULES[name].of}" if stages.RULES[name].of else "",
+        shell:
+            "{params.python} -m sweep.launch {params.study} --stage {params.stage} {params.of} --cores {threads}"
+
+
+rule tables:
+    input:
+        plan=PLAN,
+        stamps=list(STAMPS.values()),
+    output:
+        f"{STUDY}/stamps/tables.txt",
+    handover: True
+    params:
+        python=sys.executable,
+        study=STUDY,
+    shell:
+        "{params.python} -m sweep.tables compact {params.study} > {output}"
+
+
+rule figures:
+    input:
+        f"{STUDY}/stamps/tables.txt",
+    output:
+        report(
+            directory(f"{STUDY}/figures"),
+            patterns=["{name}.png"],
+            caption="analysis/captions/figure.rst",
+            category="Figures",
+            labels={"figure": "{name}"},
+        ),
+    log:
+        f"{STUDY}/logs/figures.log",
+    params:
+        python=sys.executable,
+        study=STUDY,
+    run:
+        shell("{params.python} -m analysis.figures {params.study} 2>&1 | tee {log}")

@@ -1,0 +1,174 @@
+"""May the results be believed? Figures 6 to 8: tokenizer gate, agreement of extractors, prediction against outcome."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import load, report, study
+from analysis import prediction as foretold
+from analysis.arms import named, words
+from analysis.report import Results
+from analysis.theme import (
+    GREY,
+    MARKERS,
+    WIDTH,
+    Caption,
+    Missing,
+    below,
+    caption,
+    colours,
+    direct_labels,
+    is_flagged,
+    log_axis,
+    marker,
+)
+
+BAR: dict[str, Any] = {"linewidth": 6, "alpha": 0.3, "solid_capstyle": "butt"}
+
+
+def gate(results: Results) -> tuple[Figure, Caption]:
+    """Had the tokenizers converged, and did their codebooks collapse?"""
+    held = results.held
+    codes = held.codes
+    if codes.is_empty() or not held.extractors or codes["perplexity"].is_null().all():
+        raise Missing("no tokenizer that generators use has been evaluated yet")
+    main = held.extractors[0]
+    palette = colours(held.rates)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0))
+    rates = study.arms(codes)
+    rng = np.random.default_rng(0)
+    for row in codes.iter_rows(named=True):
+        colour = palette[row["rate"]]
+        face = "none" if is_flagged(row["gate"]) else colour
+        if row["perplexity_share"] is not None:
+            x = rates.index(row["rate"]) + 0.12 * rng.uniform(-1, 1)
+            left.plot(x, row["perplexity_share"], "o", color=colour, markerfacecolor=face, markersize=5)
+    left.axhspan(0, load.COLLAPSED, color="0.93", zorder=0)
+    left.set_xticks(range(len(rates)), rates)
+    left.set(
+        xlim=(-0.5, len(rates) - 0.5), ylim=(0, 1.02), ylabel="codebook use: perplexity / K", xlabel="tokenizer rate"
+    )
+    left.text(len(rates) - 0.55, 0.02, "collapsed", ha="right", fontsize=7.5, color="0.4")
+    left.set_title("a  codebook use")
+    final, half = f"rfid_{main}", f"rfid_{main}_half"
+    trained = codes.drop_nulls([final, half]) if half in codes.columns and final in codes.columns else codes.clear()
+    ends = []
+    for row in trained.iter_rows(named=True):
+        colour = palette[row["rate"]]
+        face = "none" if is_flagged(row["gate"]) else colour
+        right.plot([0, 1], [row[half], row[final]], "-", color=colour, linewidth=1.0, alpha=0.8)
+        right.plot([0, 1], [row[half], row[final]], "o", color=colour, markerfacecolor=face, markersize=4.5)
+    for rate in study.arms(trained) if len(trained) else []:
+        last = trained.filter(pl.col("rate") == rate)
+        change = float(last["rfid_change"].mean())  # type: ignore[arg-type]
+        ends.append((float(np.exp(last[final].log().mean())), f"{rate}  {change:.0%}", palette[rate]))  # type: ignore[arg-type]
+    right.set_xticks([0, 1], ["half", "full"])
+    right.set(xlim=(-0.25, 1.25), xlabel="stage-1 training", ylabel=f"rFID ({named(main)})")
+    right.set_title("b  convergence")
+    if len(trained):
+        values = [*trained[final].to_list(), *trained[half].to_list()]
+        log_axis(right, "y", min(values), max(values))
+        right.set_xlim(-0.25, 1.25)
+        direct_labels(right, ends)
+    if held.flagged:
+        below(figure, [marker("o", "passes", colour=GREY), marker("o", "flagged", filled=False)])
+    text = (
+        "Gate of the tokenizers that generators train on, one marker per tokenizer seed. (a) Perplexity of the "
+        f"codes of held-out images over codebook size; below {load.COLLAPSED:g} a tokenizer is flagged as collapsed. "
+        "(b) rFID after half and all of training, with the largest relative change of any extractor (mean over "
+        f"seeds); above {load.UNCONVERGED:.0%} of the final value a tokenizer is flagged as unconverged."
+    )
+    return figure, caption(results, "Tokenizer gate", text, main, len(codes))
+
+
+def extractors(results: Results) -> tuple[Figure, Caption]:
+    """Do two extractors rank the same points alike?"""
+    held = results.held
+    if len(held.extractors) < 2:
+        raise Missing("fewer than two extractors have been used")
+    first, second = (f"fid_{extractor}" for extractor in held.extractors[:2])
+    if held.points.is_empty() or first not in held.points.columns or second not in held.points.columns:
+        raise Missing(
+            f"no generator has gFID by both extractors yet ({len(held.points)} of {held.planned} points measured)"
+        )
+    points = held.points.drop_nulls([first, second])
+    palette = colours(held.rates)
+    sizes = points.sort("params_core", nulls_last=True)["generator_size"].unique(maintain_order=True).to_list()
+    figure, axes = plt.subplots(figsize=(WIDTH * 0.62, 3.5))
+    for row in points.iter_rows(named=True):
+        colour = palette[row["rate"]]
+        shape = MARKERS[sizes.index(row["generator_size"]) % len(MARKERS)]
+        face = "none" if is_flagged(row["tokenizer_gate"]) else colour
+        axes.plot(row[first], row[second], shape, color=colour, markerfacecolor=face, markersize=4, alpha=0.8)
+    log_axis(axes, "x", float(points[first].min()), float(points[first].max()))  # type: ignore[arg-type]
+    log_axis(axes, "y", float(points[second].min()), float(points[second].max()))  # type: ignore[arg-type]
+    axes.set(xlabel=words(first), ylabel=words(second))
+    found = report.agreement(held)
+    agreed = "" if found is None else f"Spearman {found[0]}, n = {found[1]}"
+    axes.set_title(agreed, fontweight="normal")
+    handles = [marker("o", rate, colour=palette[rate]) for rate in study.arms(points)]
+    figure.legend(handles=handles, loc="outside right center", title="rate")
+    below(figure, [marker(MARKERS[i % len(MARKERS)], size) for i, size in enumerate(sizes)])
+    text = (
+        "gFID of the same samples by two extractors, each against the same reference images; one marker per point. "
+        f"{agreed}{': ' + found[0].method if found else ''}."
+    )
+    return figure, caption(
+        results, "Agreement of the extractors", text, " and ".join(map(named, held.extractors[:2])), len(points)
+    )
+
+
+def prediction(results: Results) -> tuple[Figure, Caption]:
+    """What was predicted for the largest budget, and what came out?"""
+    held = results.held
+    path = foretold.file(held.folder)
+    if not path.exists():
+        raise Missing(f"{path} has not been written (python -m analysis.frontier {held.folder} --predict-largest)")
+    frame = foretold.outcome(held, pl.read_parquet(path)).filter(pl.col("predicted").is_not_null())
+    if frame.is_empty():
+        raise Missing(f"{path} holds no prediction that was not refused")
+    metrics = frame["metric"].unique(maintain_order=True).to_list()
+    palette = colours(held.rates or frame["rate"].unique(maintain_order=True).to_list())
+    figure, grid = plt.subplots(1, len(metrics), figsize=(WIDTH, 3.1), squeeze=False)
+    for axes, metric in zip(grid[0], metrics, strict=True):
+        rows = frame.filter(pl.col("metric") == metric).to_dicts()
+        axes.axhline(1.0, color=GREY, linewidth=0.8, zorder=0)
+        reach = 1.05
+        for x, row in enumerate(rows):
+            colour, predicted = palette.get(row["rate"], "black"), row["predicted"]
+            ratios = [value / predicted for value in row["by_seed"]]
+            if row["low"] is not None:
+                axes.plot([x, x], [row["low"] / predicted, row["high"] / predicted], color=colour, **BAR)
+                ratios += [row["low"] / predicted, row["high"] / predicted]
+            axes.plot([x] * len(row["by_seed"]), ratios[: len(row["by_seed"])], "o", color=colour, markersize=3)
+            if row["outcome"] is not None:
+                axes.plot(x, row["outcome"] / predicted, "D", color="black", markersize=4.5, zorder=5)
+            reach = max(reach, *(max(r, 1 / r) for r in ratios if r > 0), 1.0)
+        reach = min(reach, 4.0)
+        log_axis(axes, "y", 1 / reach, reach)
+        axes.set_xticks(range(len(rows)), [f"{row['rate']}\n{row['predicted']:.3g}" for row in rows], fontsize=7)
+        axes.set(xlim=(-0.6, len(rows) - 0.4), xlabel="rate and prediction")
+        axes.set_title(words(metric), fontsize=8)
+    grid[0][0].set_ylabel("outcome / prediction")
+    handles = [
+        Line2D([], [], color=GREY, label="95 % interval", **BAR),
+        marker("o", "outcome, tokenizer seeds"),
+        marker("D", "outcome, mean", colour="black"),
+    ]
+    below(figure, handles)
+    row = frame.row(0, named=True)
+    late = "after" if frame["outcome_known"].any() else "before"
+    known = frame.filter(pl.col("inside").is_not_null())
+    text = (
+        f"Prediction of the largest budget ({row['flops']:.3g} FLOPs) from those up to {row['largest_used']:.3g}, "
+        f"written {row['written']:%Y-%m-%d %H:%M} UTC at commit {(row['commit'] or 'unknown')[:12]}, {late} the "
+        f"outcome was known. Bar: 95 % interval for the mean of these tokenizers ({row['method']}). "
+        f"{known['inside'].sum()} of {len(known)} outcomes lie inside."
+    )
+    return figure, caption(results, "Prediction and outcome", text, None, len(frame))

@@ -1,0 +1,110 @@
+"""What does a study look like? Every figure of a results folder, as PNG and SVG, with captions, tables and a report.
+
+    python -m analysis.figures results/digits [--out DIR] [--only NAME]
+
+A figure is made in three steps: data (``analysis.study``, ``analysis.report``), drawing (``analysis.scaling``,
+``pictures``, ``checks``) in one theme (``analysis.theme``), and files, written here. What has not been measured yet is
+left out and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from analysis import checks, pictures, report, scaling, study
+from analysis.load import StudyError
+from analysis.report import Results
+from analysis.theme import Caption, Missing, theme
+
+DPI = 200
+Drawing = Callable[[Results], tuple[Figure, Caption]]
+
+
+def drawings(held: study.Study) -> dict[str, Drawing]:
+    """Every figure by file name; those by gFID once more for each further extractor."""
+    found: dict[str, Drawing] = {}
+    for i, extractor in enumerate(held.extractors or ("",)):
+        suffix = f"_{extractor}" if i else ""
+        found[f"fig1_generation{suffix}"] = partial(scaling.generation, extractor=extractor)
+        found[f"fig3_best_rate{suffix}"] = partial(scaling.best_rate, extractor=extractor)
+        found[f"fig2_rate_distortion{suffix}"] = partial(scaling.rate_distortion, extractor=extractor)
+    found["fig4_samples"] = pictures.samples
+    found["fig5_reconstructions"] = pictures.reconstructions
+    found["fig6_gate"] = checks.gate
+    found["fig7_extractors"] = checks.extractors
+    found["fig8_prediction"] = checks.prediction
+    return dict(sorted(found.items()))
+
+
+def save(figure: Figure, caption: Caption, out: Path, name: str) -> None:
+    """One figure as PNG and SVG, its caption as text and JSON."""
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{name}.png", dpi=DPI)
+    figure.set_layout_engine("none")  # placed once; both files agree
+    figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+    (out / f"{name}.txt").write_text(f"{caption.title}. {caption.text}\n")
+    (out / f"{name}.json").write_text(json.dumps(asdict(caption), indent=1) + "\n")
+
+
+def draw(held: study.Study, out: Path, only: str | None = None) -> tuple[list[str], dict[str, str]]:
+    """Draw what can be drawn: names of the figures, and why each of the others is missing."""
+    theme()
+    results = Results(held)
+    wanted = drawings(held)
+    if only is not None and only not in wanted:
+        raise StudyError(f"--only: got {only!r}; allowed: {', '.join(wanted)}")
+    drawn: list[str] = []
+    missing: dict[str, str] = {}
+    for name, drawing in wanted.items():
+        if only not in (None, name):
+            continue
+        try:
+            figure, caption = drawing(results)
+        except Missing as reason:
+            missing[name] = str(reason)
+            continue
+        save(figure, caption, out, name)
+        drawn.append(name)
+    if only is None and not held.points.is_empty():
+        report.write(results, out)
+    return drawn, missing
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("study", help="results folder, for example results/digits")
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: STUDY/figures)")
+    parser.add_argument("--only", help="draw one figure, for example fig1_generation")
+    arguments = parser.parse_args(argv)
+    matplotlib.use("Agg")
+    try:
+        held = study.read(arguments.study)
+        out = arguments.out or held.folder / "figures"
+        drawn, missing = draw(held, out, arguments.only)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for line in held.damaged:
+        print(line, file=sys.stderr)
+    if drawn:
+        print(f"{out}: {', '.join(drawn)}")
+    # the headline, or the one that was asked for, is what a caller waits for; the rest is only said
+    needed = arguments.only or "fig1_generation"
+    for name, reason in missing.items():
+        print(f"{name}: not drawn, {reason}", file=sys.stderr if name == needed else sys.stdout)
+    return 2 if needed in missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

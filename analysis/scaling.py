@@ -1,0 +1,307 @@
+"""How do quality, distortion and the best rate scale? Figures 1 to 3."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
+
+from analysis import report, study
+from analysis.arms import envelope_table, named, words
+from analysis.report import Curves, Results
+from analysis.theme import (
+    GREY,
+    MARKERS,
+    WIDTH,
+    Caption,
+    Missing,
+    below,
+    bits,
+    caption,
+    colours,
+    direct_labels,
+    is_flagged,
+    log_axis,
+    marker,
+    power,
+)
+
+DODGE = 0.035  # markers of neighbouring rates are shifted by this share of their compute
+
+
+def generators(results: Results, metric: str) -> pl.DataFrame:
+    held = results.held
+    if held.points.is_empty() or metric not in held.points.columns or held.points[metric].is_null().all():
+        raise Missing(f"no generator has {words(metric)} yet ({len(held.points)} of {held.planned} points measured)")
+    return held.points.filter(pl.col(metric) > 0)
+
+
+# --- figure 1: metric against compute ----------------------------------------------------------------------------
+
+
+def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> None:
+    """One metric against generator compute: points, laws, bands, floors, labels."""
+    held, metric = results.held, curves.metric
+    points = generators(results, metric)
+    palette = colours(held.rates)
+    sizes = _sizes(held)
+    ends: list[tuple[float, str, Any]] = []
+    lowest, highest = float(points[metric].min()), float(points[metric].max())  # type: ignore[arg-type]
+    rates = study.arms(points)
+    for i, rate in enumerate(rates):
+        rows = points.filter(pl.col("rate") == rate)
+        colour = palette[rate]
+        dodge = (1 + DODGE) ** (i - (len(rates) - 1) / 2)
+        chosen = _on_envelope(curves, rate)
+        for row in rows.iter_rows(named=True):
+            on = (row["tokenizer_seed"], row["flops_target"], row["generator_size"]) in chosen
+            open_marker = is_flagged(row["tokenizer_gate"])
+            shape = "x" if row["past_minimum"] else MARKERS[sizes.index(row["generator_size"]) % len(MARKERS)]
+            axes.plot(
+                row["flops_to_point"] * dodge,
+                row[metric],
+                marker=shape,
+                markersize=4.2 if on else 3.0,
+                color=colour,
+                markerfacecolor="none" if open_marker else colour,
+                markeredgewidth=0.8 if open_marker or row["past_minimum"] else 0.0,
+                alpha=0.95 if on else 0.3,
+                linestyle="",
+                zorder=3 if on else 2,
+            )
+        law = curves.laws.get(rate)
+        if law is not None:
+            axes.plot(law.grid, law.mean, color=colour, linestyle="-" if law.identified else (0, (4, 1.6)), zorder=4)
+            if law.drawn:
+                axes.fill_between(law.grid, law.low, law.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
+                for edge in (law.low, law.high):
+                    axes.plot(law.grid, edge, color=colour, linewidth=0.5, alpha=0.5, zorder=1)
+            elif len(law.by_seed) > 1:
+                for curve in law.by_seed:
+                    axes.plot(law.grid, curve, color=colour, linewidth=0.6, alpha=0.8, zorder=3)
+            ends.append((float(law.mean[-1]), bits(held, rate) + ("" if law.identified else "\u2009*"), colour))
+        else:
+            last = rows.sort("flops_to_point")[-1]
+            ends.append((float(last[metric][0]), bits(held, rate), colour))
+        limit = report.floor(held, rate, metric)
+        if limit is not None:
+            axes.axhline(limit, color=colour, linestyle=":", linewidth=1.0, zorder=1)
+            lowest = min(lowest, limit)
+    log_axis(axes, "x", float(points["flops_to_point"].min()), float(points["flops_to_point"].max()))  # type: ignore[arg-type]
+    log_axis(axes, "y", lowest, highest)
+    for each in curves.frontier:
+        if each.verdict == "crossing" and each.flops is not None and each.flops.low and each.flops.high:
+            height = float(curves.laws[each.first].fit.predict([each.flops.estimate])[0])
+            spread = [[each.flops.estimate - each.flops.low], [each.flops.high - each.flops.estimate]]
+            axes.errorbar(
+                each.flops.estimate,
+                height,
+                xerr=spread,
+                fmt="d",
+                color="black",
+                markersize=5,
+                capsize=2.5,
+                linewidth=1.1,
+                zorder=6,
+            )
+    axes.set_xlabel("generator training compute (FLOPs)")
+    axes.set_ylabel(label)
+    direct_labels(axes, ends)
+
+
+def _on_envelope(curves: Curves, rate: str) -> set[tuple[Any, ...]]:
+    law = curves.laws.get(rate)
+    if law is None:
+        return set()
+    return {(row["seed"], row["budget"], row["size"]) for row in law.rows.to_dict("records")}
+
+
+def _sizes(held: study.Study) -> list[str]:
+    return held.points.sort("params_core", nulls_last=True)["generator_size"].unique(maintain_order=True).to_list()
+
+
+def generation(results: Results, extractor: str) -> tuple[Figure, Caption]:
+    """gFID and held-out code length against generator compute, per rate."""
+    held = results.held
+    metric = f"fid_{extractor}"
+    points = generators(results, metric)
+    with_bits = "nll_bits" in results.metrics
+    figure, grid = plt.subplots(1, 2 if with_bits else 1, figsize=(WIDTH, 3.5), squeeze=False)
+    panels = [(results.of(metric), words(metric))]
+    if with_bits:
+        panels.append((results.of("nll_bits"), "held-out code length (bits per image)"))
+    titles = ("a  sample quality", "b  code length")
+    for axes, (curves, label), title in zip(grid[0], panels, titles, strict=False):
+        _scaling_panel(axes, results, curves, label)
+        axes.set_title(title)
+    shapes = [marker(MARKERS[i % len(MARKERS)], size) for i, size in enumerate(_sizes(held))]
+    lines = [
+        Line2D([], [], color=GREY, label="law"),
+        Line2D([], [], color=GREY, linestyle="--", label="*not identified"),
+    ]
+    if report.floor(held, study.arms(points)[0], metric) is not None:
+        lines.append(Line2D([], [], color=GREY, linestyle=":", label="decoder floor"))
+    if points["past_minimum"].any():
+        lines.append(marker("x", "memorising, not fitted"))
+    if held.flagged:
+        lines.append(marker("o", "flagged tokenizer", filled=False))
+    below(figure, shapes, lines)
+    curves = results.of(metric)
+    meet = [each.sentence() for each in curves.frontier] or [each.sentence() for each in curves.crossings[:3]]
+    text = (
+        f"gFID by {named(extractor)} against a fixed draw of training "
+        f"images{' (a) and held-out code length (b)' * with_bits} against generator training compute, by tokenizer "
+        "rate. Marker shape: generator size (rates are shifted sideways by a few per cent); strong markers lie on "
+        "the lower envelope over sizes of their tokenizer seed, to which y = E + A C^-a is fitted (log residuals). "
+        "Bands: 95 % over tokenizer seeds, drawn where they are narrower than a factor of 3 throughout; otherwise "
+        "thin lines show the seeds. Dashed: exponent not identified (interval wider than 30 % of it). Dotted: "
+        "Frechet distance of decoded held-out images, what a perfect generator would score. Black diamonds: "
+        "identified crossings of the best two rates. Code length is no quality across rates: a coarser code always "
+        f"costs fewer bits. {' '.join(meet)}"
+    )
+    return figure, caption(results, "Sample quality and code length against compute", text, extractor, len(points))
+
+
+# --- figure 2: rate and distortion -------------------------------------------------------------------------------
+
+
+def rate_distortion(results: Results, extractor: str) -> tuple[Figure, Caption]:
+    """Distortion of decoded held-out images against nominal, used and modelled bits."""
+    held = results.held
+    codes = held.codes
+    wanted = [
+        (f"rfid_{extractor}", f"rFID ({named(extractor)})", True),
+        ("mse", "mean squared error", True),
+        ("psnr", "PSNR (dB)", False),
+    ]
+    panels = [panel for panel in wanted if panel[0] in codes.columns and codes[panel[0]].is_not_null().any()]
+    if codes.is_empty() or not panels:
+        raise Missing("no tokenizer that generators use has been evaluated yet")
+    if "nll_bits" in held.points.columns:
+        modelled = held.points.group_by("tokenizer").agg(pl.col("nll_bits").min().alias("bits_modelled"))
+        codes = codes.join(modelled, on="tokenizer", how="left")
+    kinds = [("bits_nominal", "|", "nominal: tokens x log2 K"), ("bits_used", "s", "used: tokens x log2 perplexity")]
+    kinds.append(("bits_modelled", "^", "modelled: best held-out code length"))
+    kinds = [kind for kind in kinds if kind[0] in codes.columns and codes[kind[0]].is_not_null().any()]
+    palette = colours(held.rates)
+    figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
+    for axes, (column, label, logarithmic), letter in zip(grid[0], panels, "abc", strict=False):
+        shown = codes.filter(pl.col(column).is_not_null())
+        means = shown.group_by("rate", maintain_order=True).agg(pl.col("bits_nominal").mean(), pl.col(column).mean())
+        axes.plot(means["bits_nominal"], means[column], color="0.8", linewidth=1.0, zorder=0)
+        for row in shown.iter_rows(named=True):
+            there = [(row[name], shape) for name, shape, _ in kinds if row[name]]
+            axes.plot(
+                [x for x, _ in there], [row[column]] * len(there), color=palette[row["rate"]], linewidth=0.6, alpha=0.6
+            )
+            for x, shape in there:
+                face = "none" if is_flagged(row["gate"]) else palette[row["rate"]]
+                axes.plot(
+                    x, row[column], marker=shape, color=palette[row["rate"]], markerfacecolor=face, markersize=4.5
+                )
+        everything = [v for name, _, _ in kinds for v in shown[name].drop_nulls().to_list() if v > 0]
+        log_axis(axes, "x", min(everything), max(everything))
+        if logarithmic:
+            log_axis(axes, "y", float(shown[column].min()), float(shown[column].max()))  # type: ignore[arg-type]
+        axes.set_xlabel("bits per image")
+        axes.set_ylabel(label)
+        axes.set_title(letter)
+        if axes is grid[0][-1]:
+            ends = [(float(y), rate, palette[rate]) for rate, _, y in means.iter_rows()]
+            direct_labels(axes, ends)
+    handles = [marker(shape, label) for _, shape, label in kinds]
+    below(figure, handles + ([marker("o", "flagged", filled=False)] if held.flagged else []))
+    text = (
+        "Distortion of decoded held-out images against rate, one row of markers per tokenizer seed. Three rates of one "
+        "tokenizer share its height: nominal bits, bits that its codes use, bits that the best generator needs."
+    )
+    return figure, caption(results, "Rate and distortion", text, extractor, len(codes))
+
+
+# --- figure 3: best rate -----------------------------------------------------------------------------------------
+
+
+def best_rate(results: Results, extractor: str) -> tuple[Figure, Caption]:
+    """Which rate wins at each generator size and compute, and gFID against rate at each compute."""
+    held, metric = results.held, f"fid_{extractor}"
+    points = generators(results, metric)
+    table = results.best_rates
+    table = table[table["metric"] == metric] if len(table) else table
+    if not len(table):
+        raise Missing("fewer than two rates have been measured at the same compute with the same tokenizer seeds")
+    palette = colours(held.rates)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.3), width_ratios=(1.05, 1))
+    budgets = sorted(table["budget"].unique())
+    rows = [*[size for size in _sizes(held) if size in set(table["size"].dropna())], None]
+    for cell in table.to_dict("records"):
+        x, y = budgets.index(cell["budget"]), rows.index(cell["size"] if isinstance(cell["size"], str) else None)
+        colour = palette[cell["rate"]]
+        sure = bool(cell["separated"])
+        left.add_patch(
+            Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=colour, alpha=1.0 if sure else 0.28, linewidth=0)
+        )
+        dark = sure and sum(colour) < 1.6
+        left.text(x, y + 0.12, cell["rate"], ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
+        share = f"{cell['ratio']:.2f}x"
+        left.text(x, y - 0.2, share, ha="center", va="center", fontsize=6.5, color="white" if dark else "0.25")
+    left.set(xlim=(-0.55, len(budgets) - 0.45), ylim=(-0.55, len(rows) - 0.45))
+    left.set_xticks(range(len(budgets)), [power(budget) for budget in budgets])
+    left.set_yticks(range(len(rows)), [size or "best size" for size in rows])
+    left.tick_params(length=0)
+    for side in ("left", "bottom"):
+        left.spines[side].set_visible(False)
+    left.set(xlabel="generator training compute (FLOPs)", ylabel="generator size")
+    left.set_title("a  best rate (pale: not resolved)")
+    arms = results.of(metric).arms
+    shades = sns.color_palette("flare", len(budgets))
+    ends = []
+    every: list[float] = []
+    ticks: dict[float, str] = {}
+    for budget, shade in zip(budgets, shades, strict=True):
+        xs, means = [], []
+        for arm in arms:
+            envelope = envelope_table(arm)
+            values = envelope.loc[envelope["budget"] == budget, "y"].tolist()
+            if not values or arm.bits is None:
+                continue
+            ticks[arm.bits] = arm.rate
+            flagged = any(name.startswith(f"{arm.rate} s") for name in held.flagged)
+            face = "none" if flagged else shade
+            right.plot(
+                [arm.bits] * len(values), values, "o", color=shade, markerfacecolor=face, markersize=3, alpha=0.7
+            )
+            xs.append(arm.bits)
+            means.append(math.exp(float(np.mean(np.log(values)))))
+            every += values
+        if not xs:
+            continue
+        right.plot(xs, means, color=shade)
+        winner = int(np.argmin(means))
+        right.plot(xs[winner], means[winner], "*", color=shade, markersize=9, markeredgecolor="white", zorder=5)
+        ends.append((means[-1], power(budget), shade))
+    if every:
+        log_axis(right, "x", min(ticks), max(ticks))
+        log_axis(right, "y", min(every), max(every))
+        right.set_xticks(list(ticks), [f"{nominal:.4g}" for nominal in ticks])
+        right.xaxis.set_minor_locator(NullLocator())
+        direct_labels(right, ends)
+        right.annotate("FLOPs", (1.015, 1.0), xycoords="axes fraction", fontsize=8, color=GREY, annotation_clip=False)
+    right.set(xlabel="nominal rate (bits per image)", ylabel=words(metric))
+    right.set_title("b  gFID against rate, by compute")
+    text = (
+        "(a) The rate with the lowest gFID (geometric mean over tokenizer seeds) for each generator size and "
+        "compute, and its distance to the runner-up; full colour where that distance is resolved at 95 % (paired by "
+        "tokenizer seed, Student-t; not corrected for the number of cells). (b) gFID of the best size against "
+        "nominal rate; dots are tokenizer seeds, stars the best rate at that compute. A star at an end of the range "
+        "may have its optimum outside."
+    )
+    return figure, caption(results, "Best rate by generator size and compute", text, extractor, len(points))

@@ -1,0 +1,183 @@
+"""What do all figures share? One theme, colours by rate, readable log axes, labels beside curves, captions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from analysis import report, study
+from analysis.arms import named
+from analysis.report import Results
+
+WIDTH = 7.2  # inches, two columns of a paper
+MARKERS = ("o", "s", "D", "^", "v", "P", "p", "h", "*", "<")
+GREY = "0.45"
+
+
+class Missing(ValueError):
+    """A figure whose inputs have not been measured, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a reader has to know: written beside the figure as text and JSON."""
+
+    title: str
+    text: str
+    n: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def theme() -> None:
+    """Set the one look of all figures."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        palette="colorblind",
+        rc={
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 9,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "axes.linewidth": 0.8,
+            "figure.constrained_layout.use": True,
+            "font.size": 8.5,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "lines.linewidth": 1.5,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "figures",
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+        },
+    )
+
+
+def colours(rates: Sequence[str]) -> dict[str, Any]:
+    """One colour per rate, ordered with it: dark is a low rate. Safe for colour-blind readers, distinct in grey."""
+    stops = sns.color_palette("viridis", as_cmap=True)(np.linspace(0.0, 0.85, max(len(rates), 2)))
+    return {rate: tuple(stop[:3]) for rate, stop in zip(rates, stops, strict=False)}
+
+
+def plain(value: float, _: object = None) -> str:
+    """A tick as people write it: 0.5, 20, 3,000, and powers of ten from a million on."""
+    if value >= 1e6 or (0 < value < 1e-3):
+        exponent = math.floor(math.log10(value) + 1e-9)
+        lead = value / 10**exponent
+        return f"$10^{{{exponent}}}$" if abs(lead - 1) < 1e-6 else f"${lead:.3g}\\!\\times\\!10^{{{exponent}}}$"
+    return f"{value:,.10g}"
+
+
+def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
+    """A logarithmic axis over [low, high] whose ticks can be read: decades, or 1-2-5 where there are few of them."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    pad = (high / low) ** 0.04
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low / pad, high * pad)
+    decades = math.log10(high / low)
+    subs: tuple[float, ...] = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
+    if decades < 0.7:
+        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    if decades < 0.25:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(plain))
+        axis.set_minor_locator(NullLocator())
+        return
+    axis.set_major_locator(LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_locator(LogLocator(base=10, subs=tuple(range(1, 10))))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def spaced(positions: Sequence[float], gap: float) -> list[float]:
+    """The positions, moved as little as needed to lie ``gap`` apart, in their order."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    groups = [[positions[i], 1, [i]] for i in order]
+    merged: list[list[Any]] = []
+    for center, size, members in groups:
+        merged.append([center, size, members])
+        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
+            last, before = merged.pop(), merged.pop()
+            total = last[1] + before[1]
+            middle = (last[0] * last[1] + before[0] * before[1]) / total
+            merged.append([middle, total, before[2] + last[2]])
+    placed = [0.0] * len(positions)
+    for center, size, members in merged:
+        for k, i in enumerate(members):
+            placed[i] = center + gap * (k - (size - 1) / 2)
+    return placed
+
+
+def direct_labels(axes: Axes, ends: Sequence[tuple[float, str, Any]], size: float = 8) -> None:
+    """Labels right of the axes at the heights where curves end, moved apart, never over the data."""
+    low, high = axes.get_ylim()
+    scale = (math.log(high / low), math.log(low)) if axes.get_yscale() == "log" else (high - low, low)
+    heights = [((math.log(y) if axes.get_yscale() == "log" else y) - scale[1]) / scale[0] for y, _, _ in ends]
+    gap = size * 1.25 / 72 / (axes.get_figure().get_size_inches()[1] * 0.72)  # type: ignore[union-attr]
+    for height, (_, text, colour) in zip(spaced(heights, gap), ends, strict=True):
+        axes.annotate(
+            text,
+            (1.015, height),
+            xycoords="axes fraction",
+            color=colour,
+            fontsize=size,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def below(figure: Figure, *lines: Sequence[Line2D]) -> None:
+    """A legend under the panels, where it covers nothing; one line of entries after another."""
+    columns = max(len(line) for line in lines)
+    blank = Line2D([], [], linestyle="", label=" ")
+    padded = [[*line, *[blank] * (columns - len(line))] for line in lines if line]
+    # matplotlib fills column by column
+    handles = [line[i] for i in range(columns) for line in padded]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.4)
+
+
+def marker(shape: str, label: str, filled: bool = True, colour: Any = GREY) -> Line2D:
+    face = colour if filled else "none"
+    return Line2D([], [], linestyle="", marker=shape, color=colour, markerfacecolor=face, markersize=5, label=label)
+
+
+def bits(held: study.Study, rate: str) -> str:
+    """A rate's label with its nominal bits: "16x64 (96 bit)"."""
+    frame = held.points if rate in held.points["rate"].to_list() else held.tokenizers
+    nominal = frame.filter(pl.col("rate") == rate)["bits_nominal"][0]
+    return rate if nominal is None else f"{rate} ({nominal:.4g} bit)"
+
+
+def is_flagged(gate: str | None) -> bool:
+    return gate is not None and gate != "ok"
+
+
+def caption(results: Results, title: str, text: str, extractor: str | None, n: int, **extra: Any) -> Caption:
+    held = results.held
+    parts = [text]
+    if not held.points.is_empty():
+        parts.append(f"{report.extent(held)}; {report.protocol(held)}.")
+    if extractor:
+        parts.append(f"Extractor: {named(extractor)}.")
+    parts.append(report.omissions(held))
+    facts = {"study": held.name, "extractor": extractor, "flagged": held.flagged, "left_out": held.left_out}
+    return Caption(title, " ".join(parts), n, {**facts, **extra})
+
+
+def power(value: float) -> str:
+    """A budget as a label: 10^10, 3.2 10^9."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    lead = value / 10**exponent
+    return f"$10^{{{exponent}}}$" if abs(lead - 1) < 0.01 else f"${lead:.2g}\\!\\cdot\\!10^{{{exponent}}}$"

@@ -1,0 +1,390 @@
+"""Where does everything of a study lie, and who may write it? Paths, atomic writes, claims, status, journal.
+
+``results/<study>/`` holds the plan, one folder per run, caches and tables. A run's folder belongs to whoever holds
+its claim. A claim is a folder ``claim/<attempt>`` that appears by one rename with its holder's record inside, so
+that two processes never hold the same attempt; whoever takes over a stale claim adds the next number and touches
+nothing of the old one. The number is a fencing token: before it writes anything, a holder looks whether a higher
+one exists. Claims only coordinate; what ``status.json`` says about a finished run is the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+BEAT_S = 15.0  # between two signs of life of a holder
+STALE_S = 300.0  # without one, a holder on another machine counts as gone
+RUN_ID = re.compile(r"[a-z][0-9a-f]{12}")
+FINAL = frozenset({"done", "diverged", "failed"})  # states that a launch leaves alone
+
+# --- paths -----------------------------------------------------------------------------------------------------
+
+
+def find(study: str | Path, results: str | Path = "results") -> Path:
+    """The folder of a study given by path or by name; ValueError when there is no plan in it."""
+    for folder in (Path(study), Path(results) / study):
+        if plan_file(folder).is_file():
+            return folder.resolve()
+    raise ValueError(
+        f"study: {str(study)!r} holds no plan.parquet; allowed: a folder that `python -m sweep.plan GRID` wrote"
+    )
+
+
+def plan_file(study: Path) -> Path:
+    return study / "plan.parquet"
+
+
+def lock_file(study: Path) -> Path:
+    return study / "plan.lock.json"
+
+
+def staging(study: Path) -> Path:
+    """Where files are made before they are moved into place: same file system, outside every data set."""
+    return study / ".staging"
+
+
+def run_folder(study: Path, run_id: str) -> Path:
+    if not RUN_ID.fullmatch(run_id):
+        raise ValueError(f"run id: {run_id!r}; allowed: one letter and 12 hexadecimal digits")
+    return study / "runs" / run_id
+
+
+def config_file(study: Path, run_id: str) -> Path:
+    return run_folder(study, run_id) / "config.json"
+
+
+def status_file(study: Path, run_id: str) -> Path:
+    return run_folder(study, run_id) / "status.json"
+
+
+def journal_file(study: Path, run_id: str) -> Path:
+    return run_folder(study, run_id) / "events.jsonl"
+
+
+def points_folder(study: Path, run_id: str) -> Path:
+    return run_folder(study, run_id) / "points"
+
+
+def point_file(study: Path, run_id: str, point: int) -> Path:
+    """The record of a checkpoint: it is there when the checkpoint is."""
+    return points_folder(study, run_id) / f"{point:08d}" / "point.json"
+
+
+def log_file(study: Path, run_id: str) -> Path:
+    return run_folder(study, run_id) / "logs" / "output.log"
+
+
+def launches_folder(study: Path) -> Path:
+    """Private folders of launches: what submitit writes, the processes of each, its stop flag."""
+    return study / ".submitit"
+
+
+def codes_folder(study: Path, checkpoint: str, data_hash: str) -> Path:
+    return study / "cache" / "codes" / f"{checkpoint}-{data_hash[:12]}"
+
+
+def references_folder(study: Path) -> Path:
+    return study / "cache" / "references"
+
+
+def table_folder(study: Path, table: str) -> Path:
+    return study / "tables" / table
+
+
+def part_file(study: Path, table: str, run_id: str, attempt: int, seq: int) -> Path:
+    folder = table_folder(study, table) / f"study={study.name}" / f"run={run_id}"
+    return folder / f"{attempt}-{seq:04d}.parquet"
+
+
+def compact_file(study: Path, table: str) -> Path:
+    return study / "compact" / f"{table}.parquet"
+
+
+def stamp_file(study: Path, stage: str, of: str | None = None) -> Path:
+    return study / "stamps" / f"{stage}{f'-{of}' if of else ''}.json"
+
+
+def check_version(study: Path, version: int) -> None:
+    """ValueError, in one line, when another version of the layout wrote this folder."""
+    try:
+        written = json.loads(lock_file(study).read_text())["version"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{lock_file(study)}: version cannot be read ({error}); plan the study again") from None
+    if written != version:
+        raise ValueError(f"{lock_file(study)}: version: got {written}; allowed: {version}")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def atomic_write(study: Path, path: Path, content: bytes | dict[str, Any] | list[Any], sync: bool = True) -> None:
+    """Put bytes, or JSON, at ``path`` so that readers see the old file or the new one, never a part of it.
+
+    ``sync`` waits until the disk has it; what can be made again may do without.
+    """
+    data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True).encode()
+    staging(study).mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=staging(study), prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def register(study: Path, config: dict[str, Any]) -> None:
+    """Lay down what a worker needs to run ``config``; nothing is written when it is there already."""
+    folder = run_folder(study, config["run_id"])
+    for name, content in (("identity.json", config["identity"]), ("config.json", config)):
+        if _read(folder / name) != content:
+            atomic_write(study, folder / name, content, sync=False)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None when it is missing or unreadable."""
+    try:
+        held = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return held if isinstance(held, dict) else None
+
+
+def config(study: Path, run_id: str) -> dict[str, Any]:
+    held = _read(config_file(study, run_id))
+    if held is None:
+        raise ValueError(f"{config_file(study, run_id)}: missing or unreadable; launch or plan the study again")
+    return held
+
+
+def status(study: Path, run_id: str) -> dict[str, Any]:
+    """What is recorded about a run; state ``planned`` when nothing is."""
+    return _read(status_file(study, run_id)) or {"run_id": run_id, "state": "planned"}
+
+
+def mark(study: Path, run_id: str, state: str, reason: str | None = None, **fields: Any) -> None:
+    """Change the state of a run that nobody holds, without an attempt of its own."""
+    before = status(study, run_id)
+    held = before | {"state": state, "reason": reason} | fields
+    if held != before:
+        atomic_write(study, status_file(study, run_id), held | {"updated": now()}, sync=False)
+
+
+def finished(status: dict[str, Any], points: list[int] | None, encode: list[int] | None) -> bool:
+    """Is there nothing left to do? A run that is done may have been given more points since."""
+    if status["state"] == "done":
+        needed = (set(points or ()), "points"), (set(encode or ()), "encoded")
+        return all(wanted <= set(status.get(name, ())) for wanted, name in needed)
+    return status["state"] in FINAL
+
+
+def journal(study: Path, run_id: str, event: str, **fields: Any) -> None:
+    """Append one line to the run's journal."""
+    path = journal_file(study, run_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"time": now(), "event": event, **fields}) + "\n")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# --- claims ----------------------------------------------------------------------------------------------------
+
+
+class Superseded(RuntimeError):
+    """Another attempt holds the run; nothing more may be written by this one."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to write into one run's folder, under an attempt number."""
+
+    study: Path
+    run_id: str
+    attempt: int
+
+    @property
+    def folder(self) -> Path:
+        return _claims(self.study, self.run_id) / f"{self.attempt:04d}"
+
+    def guard(self) -> None:
+        """Raise ``Superseded`` when a later attempt holds the run."""
+        if (newest := _newest(_claims(self.study, self.run_id))) != self.attempt:
+            raise Superseded(f"run {self.run_id}: attempt {self.attempt} was superseded by attempt {newest}")
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        with contextlib.suppress(FileNotFoundError):  # given back
+            os.utime(self.folder / "holder.json")
+
+    def update(self, sync: bool = True, **fields: Any) -> None:
+        """Change fields of the run's status."""
+        self.guard()
+        held = status(self.study, self.run_id) | {"attempt": self.attempt, "updated": now()} | fields
+        atomic_write(self.study, status_file(self.study, self.run_id), held, sync)
+
+    def cancelled(self) -> bool:
+        """Did somebody ask this attempt to stop?"""
+        return (self.folder / "cancel").exists()
+
+    def release(self) -> None:
+        """Give the run back; the folder stays, so that the next attempt gets a higher number."""
+        (self.folder / "holder.json").rename(self.folder / "released.json")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a run."""
+
+    attempt: int
+    host: str
+    pid: int
+    alive: bool
+
+
+def claim(study: Path, run_id: str) -> Claim | None:
+    """Take a run that nobody alive holds; None when somebody does, or was faster."""
+    claims = _claims(study, run_id)
+    newest = _newest(claims)
+    held = _holder(study, claims, newest)
+    if held is not None and held.alive:
+        return None
+    claims.mkdir(parents=True, exist_ok=True)
+    staging(study).mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=staging(study), prefix=f"{run_id}-claim"))
+    (staged / "holder.json").write_text(json.dumps({**myself(), "claimed": now()}))
+    target = claims / f"{newest + 1:04d}"
+    try:
+        # The target of a rename has to be missing or empty; a claim never is. So one of two racers fails here.
+        os.rename(staged, target)
+    except OSError:
+        shutil.rmtree(staged, ignore_errors=True)
+        if not target.exists():
+            raise
+        return None
+    return Claim(study, run_id, newest + 1)
+
+
+def holder(study: Path, run_id: str) -> Holder | None:
+    """The holder of the newest claim; None when there is none or it was given back."""
+    claims = _claims(study, run_id)
+    return _holder(study, claims, _newest(claims))
+
+
+def _holder(study: Path, claims: Path, attempt: int) -> Holder | None:
+    path = claims / f"{attempt:04d}" / "holder.json"
+    if (held := _read(path)) is None:
+        return None
+    return Holder(attempt, held["host"], held["pid"], _alive(study, held, path))
+
+
+def cancel(study: Path, run_id: str) -> bool:
+    """Ask whoever holds the run to save and stop; False when nobody alive does."""
+    held = holder(study, run_id)
+    if held is None or not held.alive:
+        return False
+    (_claims(study, run_id) / f"{held.attempt:04d}" / "cancel").touch()
+    return True
+
+
+def myself() -> dict[str, Any]:
+    """What tells this process from any other."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+
+
+def alive(host: str, pid: int, born: int | None) -> bool | None:
+    """Does that process run? None when it is another machine's."""
+    if host != socket.gethostname():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return born is None or _born(pid) == born
+
+
+def _alive(study: Path, held: dict[str, Any], path: Path) -> bool:
+    here = alive(held["host"], held["pid"], held["born"])
+    if here is not None:
+        return here
+    try:
+        with tempfile.NamedTemporaryFile(dir=staging(study)) as clock:  # the file system's clock, not this host's
+            return os.fstat(clock.fileno()).st_mtime - path.stat().st_mtime < STALE_S
+    except FileNotFoundError:  # given back in the meantime
+        return False
+
+
+def _born(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (Linux): tells it from a later one with its number.
+
+    None where that cannot be known; a dead process that nobody has waited for counts as gone (-1).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def _claims(study: Path, run_id: str) -> Path:
+    return run_folder(study, run_id) / "claim"
+
+
+def _newest(claims: Path) -> int:
+    try:
+        return max((int(name) for name in os.listdir(claims) if name.isdecimal()), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+# --- provenance ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Commit of the code that runs, whether it was changed since, and versions of what decides results."""
+    root = Path(__file__).parents[1]
+
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "torch-fidelity"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "versions": versions,
+    }

@@ -1,0 +1,391 @@
+"""What happens inside a job? A process claims runs one after the other, trains or measures, and says how each ended.
+
+    python -m sweep.worker g0123456789ab                 # one run in the foreground, for debugging
+    python -m sweep.worker g0123456789ab --results DIR   # DIR holds studies, or is one
+
+Signals only set a flag, which is read between steps: the run saves, ends as ``cancelled`` and is resumed by the
+next launch. A failed run has its traceback in ``status.json``, and the process goes on with the next one. Nothing
+heavy is imported before there is a run to work on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from models import config as families
+from sweep import failures, identity, rundir, tables
+from sweep.attempt import Attempt, Ended, Stop, reset_peaks
+
+if TYPE_CHECKING:
+    from models.data import CodeCache, Images
+
+# --- what to build -----------------------------------------------------------------------------------------------
+
+
+def data_of(config: dict[str, Any]) -> families.DataFields:
+    held = dict(config["data"])
+    fields: families.DataFields = _fields("data", held.pop("family"), held)
+    return fields
+
+
+def module_of(config: dict[str, Any], stage: str) -> Any:
+    """The untrained module of a stage that ``config`` was built from (one key per stage) or is about."""
+    held = config.get(stage, config)
+    fields, data = _fields(stage, held["family"], held["fields"]), data_of(config)
+    if stage != "generator":
+        return fields.build(data)
+    return fields.build(latent_of(config), data.labels)
+
+
+def latent_of(config: dict[str, Any]) -> families.Latent:
+    held = config["tokenizer"]
+    latent: families.Latent = _fields("tokenizer", held["family"], held["fields"]).latent(data_of(config))
+    return latent
+
+
+def _fields(kind: str, family: str, values: dict[str, Any]) -> Any:
+    return families.family(kind, family)(**values)
+
+
+def codes_of(study: Path, checkpoint: str, config: dict[str, Any]) -> Path:
+    """Where the codes of a tokenizer checkpoint lie."""
+    hashed = identity.digest({"family": config["data"]["family"], **data_of(config).identity()})
+    return rundir.codes_folder(study, checkpoint, hashed)
+
+
+# --- stages ------------------------------------------------------------------------------------------------------
+
+
+def train(attempt: Attempt) -> Ended:
+    """Train a run to its points; a tokenizer then encodes the images that generators train on."""
+    import torch
+
+    from models import checkpoint, data, training
+
+    config, study = attempt.config, attempt.study
+    folder = rundir.run_folder(study, attempt.run_id)
+    recipe = families.Recipe(**config["recipe"])
+    points, plan = tuple(config["points"]), config["plan"]
+    total = families.steps_paid(points, recipe)
+
+    torch.manual_seed(training.mixed(config["seed"], "weights"))
+    module = module_of(config, config["stage"])
+    source = data_of(config).build()
+    stream = source
+    if config["stage"] == "generator":
+        stream = data.CodeCache(codes_of(study, config["upstream"]["tokenizer"], config))
+    checkpoints = checkpoint.Checkpoints(folder / "ckpt", folder / "points", attempt.save)
+
+    def record(step: int, metrics: dict[str, float], point: int | None) -> None:
+        at = {"step": step, "images": float(step * recipe.batch), "flops": step * plan["flops_per_step"]}
+        at["epochs"] = at["images"] / plan["images_unique"] if plan["images_unique"] else None
+        branch = "" if point is None else f"@{point}"
+        attempt.curves.append(
+            {**at, "split": "train", "metric": f"{name}{branch}", "value": value, "weights": "raw"}
+            for name, value in metrics.items()
+        )
+        attempt.note("record", step=step, point=point, **metrics)
+        attempt.progress(step=_paid(step, point, points, recipe), steps=total, points=saved())
+
+    def saved() -> list[int]:
+        return [point for point in points if checkpoints.has_point(point)]
+
+    outcome = training.train(
+        module,
+        stream,
+        recipe,
+        points,
+        seed=config["seed"],
+        runtime=attempt.runtime,
+        checkpoints=checkpoints,
+        record=record,
+        should_stop=attempt.should_stop,
+    )
+    attempt.steps, attempt.train_s = outcome.steps, outcome.seconds
+    attempt.claim.update(points=saved(), steps=total)
+    if outcome.state != "done":
+        return Ended("cancelled" if outcome.state == "stopped" else "diverged", outcome.reason)
+    attempt.claim.update(step=total)
+    encoded: list[int] = []
+    weights: Literal["ema", "raw"] = "ema" if recipe.ema else "raw"
+    device = training.device_of(attempt.runtime)
+    for point in config["encode"]:
+        if attempt.should_stop():
+            return Ended("cancelled", f"asked to stop before the codes of point {point}")
+        checkpoint.load_point(checkpoints.points, point, module, weights, device)
+        target = codes_of(study, f"{attempt.run_id}@{point}", config)
+        cache = data.encode(module.eval(), source, target, seed=0, device=device)
+        encoded.append(point)
+        attempt.note("encoded", point=point, **cache.manifest["splits"])
+        attempt.claim.update(encoded=encoded)
+    return Ended("done")
+
+
+def measure(attempt: Attempt) -> Ended:
+    """Measure one checkpoint under one protocol."""
+    from models import evaluation, training
+
+    config, study = attempt.config, attempt.study
+    protocol = families.Protocol(**config["protocol"])
+    device = training.device_of(attempt.runtime)
+    loaded = _loaded(study, json.dumps(_needed(study, config)), device)
+    options = {"seed": config["seed"], "cache": rundir.references_folder(study), "device": device}
+    if protocol.of == "tokenizer":
+        made = evaluation.evaluate_tokenizer(loaded.modules["tokenizer"], loaded.images, protocol, **options)
+    elif protocol.of == "generator":
+        assert loaded.codes is not None
+        modules = loaded.modules["generator"], loaded.modules["tokenizer"]
+        made = evaluation.evaluate_generator(*modules, loaded.images, loaded.codes, protocol, **options)
+    else:
+        raise ValueError(f"protocol.of: got {protocol.of!r}; allowed: tokenizer, generator")
+    plan, checkpoint = config["plan"], {"checkpoint": config["checkpoint"], "step": config["point"]}
+    shared = {**checkpoint, "protocol": config["protocol_name"], "protocol_id": config["protocol_id"]}
+    shared |= {"images": plan["images"], "epochs": plan["epochs"], "flops": plan["flops_to_point"]}
+    attempt.curves.append({**shared, **row} for row in made.rows)
+    attempt.images.append({**checkpoint, **row} for row in made.images)
+    attempt.note("measured", seconds=made.seconds)
+    return Ended("done")
+
+
+class Loaded(NamedTuple):
+    """What evaluations of one checkpoint share."""
+
+    modules: dict[str, Any]
+    images: Images
+    codes: CodeCache | None
+
+
+def _needed(study: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The modules behind an evaluation: each with its checkpoint and which of its weights to load."""
+    of = config["protocol"]["of"]
+    needed = {of: config[of] | {"weights": config["protocol"]["weights"]}}
+    if of == "generator":  # images are decoded with the weights that codes were made with
+        tokenizer = config["tokenizer"]
+        recipe = rundir.config(study, tokenizer["checkpoint"].partition("@")[0])["recipe"]
+        needed["tokenizer"] = tokenizer | {"weights": "ema" if recipe["ema"] else "raw"}
+    return {"data": config["data"], **needed}
+
+
+@lru_cache(maxsize=1)  # evaluations of one checkpoint follow each other
+def _loaded(study: Path, needed: str, device: str) -> Loaded:
+    from models import checkpoint, data
+
+    config, modules, codes = json.loads(needed), {}, None
+    for stage in config.keys() - {"data"}:
+        run_id, point = identity.split_checkpoint(config[stage]["checkpoint"])
+        module = module_of(config, stage)
+        folder = rundir.points_folder(study, run_id)
+        checkpoint.load_point(folder, point, module, config[stage]["weights"], device)
+        modules[stage] = module.to(device).eval()
+    if "generator" in modules:
+        codes = data.CodeCache(codes_of(study, config["tokenizer"]["checkpoint"], config))
+    return Loaded(modules, data_of(config).build(), codes)
+
+
+def _paid(step: int, point: int | None, points: tuple[int, ...], recipe: families.Recipe) -> int:
+    """Steps of the whole program that are behind when ``step`` of a branch, or of the trunk (None), is done."""
+    behind = 0
+    for piece in families.segments(points, recipe):
+        if piece.point == point and piece.start < step <= piece.stop:
+            return behind + step - piece.start
+        behind += piece.stop - piece.start
+    return behind
+
+
+STAGES: dict[str, Callable[[Attempt], Ended]] = {
+    "encoder": train,
+    "tokenizer": train,
+    "representation": train,
+    "generator": train,
+    "evaluation": measure,
+}
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+class Blocked(NamedTuple):
+    """Why a run cannot start yet; ``diverged``: because training upstream did, which is a result, not a failure."""
+
+    reason: str
+    diverged: bool
+
+
+def blocked(study: Path, stage: str, upstream: Iterable[str]) -> Blocked | None:
+    """A checkpoint that is not there, or codes made with it; None when the run can start."""
+    for source in upstream:
+        run_id, _, step = source.partition("@")
+        status = rundir.status(study, run_id)
+        there = rundir.point_file(study, run_id, int(step)).exists() if step else status["state"] == "done"
+        coded = stage != "generator" or run_id[0] != "t" or int(step) in status.get("encoded", ())
+        if not (there and coded):
+            reason = f" ({status['reason']})" if status.get("reason") else ""
+            diverged = status["state"] == "diverged" or bool(status.get("diverged_upstream"))
+            what = "codes of " if there else ""
+            return Blocked(f"{what}{source} missing: its run is {status['state']}{reason}", diverged)
+    return None
+
+
+def work(study: Path, run_id: str, stop: Stop, threads: int | None = None) -> str:
+    """Bring one run to an end: its state; ``held`` when somebody else has it, ``over`` when nothing is to do."""
+    config = rundir.config(study, run_id)
+    runtime = families.Runtime(**config["runtime"])
+    if threads is not None:
+        runtime = runtime.model_copy(update={"threads": threads})
+    if not _open(study, config):
+        return "over"
+    if why := blocked(study, config["stage"], config["upstream"].values()):
+        rundir.mark(study, run_id, "blocked", why.reason, diverged_upstream=why.diverged)
+        return "blocked"
+    if (claim := rundir.claim(study, run_id)) is None:
+        return "held"
+    try:
+        if not _open(study, config):  # it ended between the look and the claim
+            return "over"
+        with _beating(claim):
+            return _attempt(Attempt(study, config, claim, stop, runtime))
+    except rundir.Superseded as error:
+        print(error, file=sys.stderr)
+        return "superseded"
+    finally:
+        claim.release()
+
+
+def _open(study: Path, config: dict[str, Any]) -> bool:
+    status = rundir.status(study, config["run_id"])
+    return status["state"] != "cancelled" and not rundir.finished(status, config["points"], config["encode"])
+
+
+def _attempt(attempt: Attempt) -> str:
+    """Run the stage; whatever it raises becomes the run's outcome."""
+    import torch
+
+    torch.set_num_threads(attempt.runtime.threads)
+    reset_peaks()
+    trace = None
+    attempt.claim.update(state="running", reason=None, traceback=None, host=socket.gethostname(), pid=os.getpid())
+    attempt.note("started", host=socket.gethostname(), pid=os.getpid(), threads=attempt.runtime.threads)
+    try:
+        ended = STAGES[attempt.config["stage"]](attempt)
+    except rundir.Superseded:
+        raise
+    except Exception as error:
+        kind = failures.classify(error)
+        line = str(error).strip().splitlines()
+        ended = Ended("failed", f"{kind}: {type(error).__name__}: {line[0] if line else ''}")
+        trace = traceback.format_exc()
+        print(trace, file=sys.stderr)
+        if failures.POLICY[kind].stops_study:
+            attempt.stop.spread(ended.reason or kind)
+    attempt.end(ended, trace)
+    return ended.state
+
+
+@contextlib.contextmanager
+def _beating(claim: rundir.Claim) -> Iterator[None]:
+    """Give signs of life for a claim while the block runs."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(rundir.BEAT_S):
+            claim.beat()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def serve(study: str, groups: Sequence[Sequence[str]], launch: str, threads: int | None) -> None:
+    """Work off runs until none is left that this process could take; what a launched process does.
+
+    The list is shared with other processes: whoever claims a run first has it. Runs of a group (evaluations of one
+    checkpoint) stay together, so that what they load is loaded once. ``launch`` is the folder of the launch: the
+    process registers there and stops when a file ``stop`` appears.
+    """
+    folder, here = Path(launch), Path(study)
+    with contextlib.suppress(PermissionError):  # a leader of a session already
+        os.setsid()  # Ctrl-C in a terminal is the launcher's business
+    stop = Stop(folder / "stop")
+    stop.listen()
+    rundir.atomic_write(here, folder / f"worker-{os.getpid()}.json", rundir.myself())
+    over: set[str] = set()
+    while not stop():
+        before = len(over)
+        for group in groups:
+            for run_id in group:
+                if run_id in over or stop():
+                    continue
+                outcome = _logged(here, run_id, stop, threads)
+                if outcome == "held":
+                    break
+                over.add(run_id)
+        if len(over) == before:
+            return
+
+
+def _logged(study: Path, run_id: str, stop: Stop, threads: int | None) -> str:
+    """``work`` with its output in the run's own log."""
+    log = rundir.log_file(study, run_id)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        return work(study, run_id, stop, threads)
+
+
+# --- one run in the foreground -----------------------------------------------------------------------------------
+
+
+def _study_of(run_id: str, results: Path) -> Path:
+    """The study under ``results`` (or ``results`` itself) whose plan holds a run."""
+    rundir.run_folder(results, run_id)  # says what a run id looks like
+    for study in (results, *sorted(path.parent for path in results.glob("*/plan.parquet"))):
+        if rundir.plan_file(study).is_file() and tables.plan(study, ["run_id"], [run_id]):
+            return study.resolve()
+    raise ValueError(
+        f"run id: {run_id} is in no plan under {results}; allowed: a run of a study that was planned there"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sweep.worker", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run_id", metavar="RUN_ID")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="of studies, or a study")
+    parser.add_argument("--threads", type=int, metavar="N", help="instead of the plan's run.threads")
+    options = parser.parse_args(argv)
+    try:
+        study = _study_of(options.run_id, options.results)
+        config = json.loads(tables.plan(study, ["run_id", "config"], [options.run_id])[0]["config"])
+    except ValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    rundir.register(study, config)
+    status, holder = rundir.status(study, options.run_id), rundir.holder(study, options.run_id)
+    if status["state"] in ("failed", "cancelled") and not (holder and holder.alive):
+        rundir.mark(study, options.run_id, "planned")  # to run it by hand is to ask for it
+    stop = Stop()
+    stop.listen()
+    outcome = work(study, options.run_id, stop, options.threads)
+    if outcome == "held" and (holder := rundir.holder(study, options.run_id)):
+        print(f"{options.run_id} is held by process {holder.pid} on {holder.host}", file=sys.stderr)
+        return 1
+    status = rundir.status(study, options.run_id)
+    reason = f": {status['reason']}" if status.get("reason") else ""
+    print(f"{options.run_id} {config['label']}: {status['state']}{reason}")
+    return 0 if status["state"] == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

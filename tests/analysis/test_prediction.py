@@ -1,0 +1,56 @@
+"""Is the largest budget predicted from the smaller ones alone, and set beside what came out?"""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from analysis import frontier, load, prediction, study
+
+
+def without_largest(folder):
+    """The study before its largest budget ran."""
+    largest = pl.read_parquet(folder / "plan.parquet").filter(pl.col("flops_target") == 3e11)["run_id"].to_list()
+    path = folder / "compact" / "curves.parquet"
+    whole = pl.read_parquet(path)
+    whole.filter(~pl.col("run_id").is_in(largest)).write_parquet(path)
+    return whole
+
+
+def test_the_outcome_is_not_used(make_study, capsys):
+    folder = make_study(seeds=(0, 1, 2), tokenizer_sd=0.02)
+    known = prediction.predict(study.read(folder))
+    whole = without_largest(folder)
+    assert frontier.main([str(folder), "--predict-largest"]) == 0
+    assert "9 of 9 predictions at 3e+11 FLOPs" in capsys.readouterr().out
+    frame = pl.read_parquet(folder / "prediction.parquet")
+    assert frame["predicted"].to_list() == pytest.approx(known["predicted"].to_list())
+    assert frame["low"].to_list() == pytest.approx(known["low"].to_list())
+    assert known["outcome_known"].all()
+    assert not frame["outcome_known"].any()
+    assert (frame["largest_used"] < frame["flops"]).all()
+    assert frame["written"].null_count() == 0
+    before = prediction.outcome(study.read(folder), frame)
+    assert before["outcome"].null_count() == len(frame)
+    whole.write_parquet(folder / "compact" / "curves.parquet")
+    after = prediction.outcome(study.read(folder), frame)
+    assert (after["by_seed"].list.len() == 3).all()
+    assert after["inside"].mean() >= 0.7
+    assert ((after["outcome"] / after["predicted"] - 1).abs() < 0.2).all()
+    # what was written before is not written over afterwards
+    assert frontier.main([str(folder), "--predict-largest"]) == 2
+    assert "before its outcome was known" in capsys.readouterr().err
+
+
+def test_three_budgets_are_needed(make_study):
+    folder = make_study(budgets=(1e10, 3e10, 1e11), sizes={"5k": 5000})
+    with pytest.raises(load.StudyError, match="three budgets"):
+        prediction.predict(study.read(folder))
+
+
+def test_three_budgets_take_a_pure_power_law(make_study):
+    folder = make_study(budgets=(3e9, 1e10, 3e10, 1e11), sizes={"5k": 5000, "120k": 120000})
+    frame = prediction.predict(study.read(folder))
+    assert set(frame["form"]) == {"power"}
+    assert set(frame["budgets"]) == {3}
+    assert "3 degrees of freedom" in frame["method"][0]
