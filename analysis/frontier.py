@@ -350,15 +350,15 @@ def best(arms: Sequence[Arm], size: str | None = None, *, draws: int = DRAWS, se
 
 def arms_of(
     held: study.Study, metric: str, total: Sum = "generator", models: int = 1
-) -> tuple[list[Arm], list[Refusal]]:
-    """Every rate of a study as an arm, by bits, and the refusals of those that cannot be one."""
+) -> tuple[list[Arm], dict[str, Refusal]]:
+    """Every rate of a study as an arm, by bits, and why the others cannot be one."""
     found: list[Arm] = []
-    refused: list[Refusal] = []
+    refused: dict[str, Refusal] = {}
     for rate in study.arms(held.points):
         try:
             found.append(arm(held.points, rate, metric, total, models))
         except Refusal as refusal:
-            refused.append(refusal)
+            refused[rate] = refusal
     return found, refused
 
 
@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(law(each).fit.summary())
             except Refusal as refusal:
                 print(f"{each.rate}: no law, {refusal.sentence}")
-        for line in [found.sentence() for found in crossings(arms)] + [str(refusal) for refusal in refused]:
+        for line in [found.sentence() for found in crossings(arms)] + [str(refusal) for refusal in refused.values()]:
             print(line)
     except StudyError as error:
         print(error, file=sys.stderr)

@@ -147,10 +147,8 @@ def _metric(metric: str, extractor: str | None, reference: str | None, split: st
     parts = [metric]
     if extractor:
         parts.append(slug(extractor))
-    if reference == "heldout":
-        parts.append("heldout")
-    if split == "train" and not metric.endswith("_train"):
-        parts.append("train")
+    if not metric.endswith(("_train", "_heldout")):  # unless the metric's own name says it
+        parts += ["heldout"] * (reference == "heldout") + ["train"] * (split == "train")
     return "_".join(parts)
 
 
@@ -317,7 +315,7 @@ def tokenizers(study: str | Path) -> pl.DataFrame:
     frame = _coalesce(frame, rows, "tokenizer_run", known, False)
     names = {}
     for column in frame.columns:
-        found = re.fullmatch(r"fid_(?!data_|train_)(.+?)(_heldout)?(_error)?", column)
+        found = re.fullmatch(r"fid_(?!data_|train_|search_)(.+?)(_heldout)?(_error)?", column)
         if found:
             names[column] = ("rfid_" if found[2] else "floor_") + found[1] + (found[3] or "")
     frame = frame.rename(names)

@@ -18,6 +18,7 @@ from analysis.report import Results
 from analysis.theme import WIDTH, Caption, Missing, caption
 
 SHOWN = 16  # samples per cell of figure 4
+CELL = 2.2  # inches, side of a cell of figure 4 at most
 COLUMNS = 12  # images per row of figure 5
 
 
@@ -65,9 +66,11 @@ def samples(results: Results) -> tuple[Figure, Caption]:
         raise Missing("no unguided sample has been stored yet")
     rates = study.arms(points)
     sizes = points.sort("params_core", nulls_last=True)["generator_size"].unique(maintain_order=True).to_list()
+    side = min(WIDTH / len(sizes), CELL)
     figure, grid = plt.subplots(
-        len(rates), len(sizes), figsize=(WIDTH, 0.35 + len(rates) * (WIDTH / len(sizes) + 0.12)), squeeze=False
+        len(rates), len(sizes), figsize=(side * len(sizes) + 0.3, side * len(rates) + 0.3), squeeze=False
     )
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)  # type: ignore[union-attr, call-arg]
     for i, rate in enumerate(rates):
         for j, size in enumerate(sizes):
             axes = grid[i][j]

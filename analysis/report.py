@@ -52,9 +52,8 @@ class Curves:
 
 def curves(held: study.Study, metric: str) -> Curves:
     """Arms, laws and crossings of one metric; what was refused, and why."""
-    arms, _ = arms_of(held, metric)
+    arms, refused = arms_of(held, metric)
     laws: dict[str, Law] = {}
-    refused: dict[str, Refusal] = {}
     for each in arms:
         try:
             laws[each.rate] = law(each)
@@ -120,13 +119,13 @@ def floor(held: study.Study, rate: str, metric: str) -> float | None:
 
 
 def _law_rows(held: study.Study, made: Curves) -> list[dict[str, Any]]:
-    rows = []
+    known = {"study": held.name, "metric": made.metric}
+    rows: list[dict[str, Any]] = [{**known, "rate": r, "refused": str(why)} for r, why in made.refused.items()]
     for arm in made.arms:
-        row: dict[str, Any] = {"study": held.name, "rate": arm.rate, "bits": arm.bits, "metric": made.metric}
-        row |= {"axis": arm.axis, "seeds": len(arm.seeds), "budgets": len(arm.budgets), "refused": None}
         if arm.rate in made.refused:
-            rows.append(row | {"refused": str(made.refused[arm.rate])})
             continue
+        row: dict[str, Any] = {**known, "rate": arm.rate, "refused": None, "bits": arm.bits, "axis": arm.axis}
+        row |= {"seeds": len(arm.seeds), "budgets": len(arm.budgets)}
         found = made.laws[arm.rate]
         row |= {"form": found.fit.form, "formula": found.fit.formula, "identified": found.identified}
         for name, interval in found.intervals.items():
@@ -316,7 +315,7 @@ def _winners(results: Results) -> list[str]:
 def _spreads(results: Results) -> list[str]:
     lines = []
     for metric in results.metrics:
-        frame = results.held.fitted.filter(pl.col(metric).is_not_null()).select(
+        frame = results.held.fitted.filter(pl.col(metric) > 0).select(
             "rate",
             (pl.col("generator_size").fill_null("") + "@" + pl.col("flops_target").cast(pl.String)).alias("cell"),
             pl.col("tokenizer_seed").alias("seed"),
@@ -328,9 +327,9 @@ def _spreads(results: Results) -> list[str]:
             lines.append(f"- {words(metric)}: {refusal.sentence}.")
             continue
         lines.append(
-            f"- {words(metric)}: tokenizer seeds of one rate differ by {100 * found['sd_seed']:.2g} % "
-            f"[{100 * found['low']:.2g}, {100 * found['high']:.2g}] (standard deviation of the logarithm, "
-            f"{found['dof']} dof); what is left within them is {100 * found['sd_rest']:.2g} %."
+            f"- {words(metric)}: tokenizer seeds of one rate differ by {short(100 * found['sd_seed'])} % "
+            f"[{short(100 * found['low'])}, {short(100 * found['high'])}] (standard deviation of the logarithm, "
+            f"{found['dof']} dof); what is left within them is {short(100 * found['sd_rest'])} %."
         )
     return lines
 

@@ -81,9 +81,10 @@ def _main_protocol(frame: pl.DataFrame) -> pl.DataFrame:
     return unguided.filter(pl.col("protocol_id") == counts["protocol_id"][0]) if len(counts) else unguided
 
 
-def _left_out(folder: Path, points: pl.DataFrame, planned: int) -> dict[str, int]:
+def _left_out(folder: Path, plan: pl.DataFrame, points: pl.DataFrame, planned: int) -> dict[str, int]:
     counts: dict[str, int] = {}
-    runs = load.table(folder, "runs").filter(pl.col("status") != "done")
+    ours = pl.col("run_id").is_in(plan["run_id"].to_list())
+    runs = load.table(folder, "runs").filter(ours, pl.col("status") != "done")
     for status, stage, number in runs.group_by("status", "stage").len().sort("status", "stage").iter_rows():
         counts[f"{status} {stage} run{'s' if number > 1 else ''}"] = number
     if planned > len(points):
@@ -92,6 +93,19 @@ def _left_out(folder: Path, points: pl.DataFrame, planned: int) -> dict[str, int
     if past:
         counts["past the held-out minimum"] = past
     return counts
+
+
+def _extractors(points: pl.DataFrame, tokenizers: pl.DataFrame) -> tuple[str, ...]:
+    """Extractors of generators, then those of tokenizers only, in the order in which they were measured."""
+    known = {
+        load.slug(entry.split("=")[0])
+        for frame in (points, tokenizers)
+        for entries in frame["extractors"].drop_nulls().unique()
+        for entry in entries.split(";")
+    }
+    columns = [c.removeprefix("fid_") for c in points.columns if c.startswith("fid_") and points[c].is_not_null().any()]
+    columns += [c.removeprefix("rfid_") for c in tokenizers.columns if c.startswith("rfid_")]
+    return tuple(name for name in dict.fromkeys(columns) if name in known)
 
 
 def read(folder: str | Path) -> Study:
@@ -114,17 +128,14 @@ def read(folder: str | Path) -> Study:
         ours = evaluations.filter(pl.col("generator").is_not_null())
         if not points.is_empty():
             ours = ours.filter(pl.col("protocol_id") == points["protocol_id"][0])
-        left_out = _left_out(folder, points, len(ours))
-    found = [c.removeprefix("fid_") for c in points.columns if c.startswith("fid_") and points[c].is_not_null().any()]
-    found += [c.removeprefix("rfid_") for c in tokenizers.columns if c.startswith("rfid_") and c != "rfid_change"]
-    extractors = [name for name in dict.fromkeys(found) if not name.endswith(("_heldout", "_error", "_half"))]
+        left_out = _left_out(folder, plan, points, len(ours))
     return Study(
         name=folder.resolve().name,
         folder=folder,
         points=points,
         guided=guided,
         tokenizers=tokenizers.unique(subset=["tokenizer"], maintain_order=True),
-        extractors=tuple(extractors),
+        extractors=_extractors(points, tokenizers),
         planned=len(ours),
         left_out=left_out,
         damaged=tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, load.DamagedPart))),

@@ -43,10 +43,14 @@ def identifiability(grid: Grid, runs: dict[str, Run]) -> list[str]:
 def _collinear(generators: Iterable[Run]) -> list[str]:
     """Tokenizers on which model size and training length cannot be told apart."""
     points: dict[str, set[tuple[float, float]]] = {}
+    steps: dict[tuple[int, int], set[int]] = {}  # seeds of a setting ask for the same
     for run in generators:
-        built = " + ".join(point.run.variant.named for point in run.upstream.values())
-        size = math.log(max(run.variant.counts.params_core, 1))
-        points.setdefault(built, set()).update((size, math.log(step * run.variant.recipe.batch)) for step in run.points)
+        known = steps.setdefault((id(run.variant), id(run.upstream)), set())
+        if not run.points.keys() <= known:
+            known |= run.points.keys()
+            built = " + ".join(point.run.variant.named for point in run.upstream.values())
+            size, batch = math.log(max(run.variant.counts.params_core, 1)), run.variant.recipe.batch
+            points.setdefault(built, set()).update((size, math.log(step * batch)) for step in known)
     reasons = {built: reason for built, group in points.items() if (reason := inseparable(sorted(group)))}
     if not reasons:
         return []

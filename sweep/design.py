@@ -133,10 +133,10 @@ class Design(NamedTuple):
 def design(grid: Grid) -> Design:
     """All runs to train. GridError where a setting is impossible or a budget cannot be met."""
     runs: dict[str, Run] = {}
-    tried = removed = 0
+    removed = 0
     data = identity.canonical({"family": grid.data_family, **grid.data.identity()})
     for arm in (arm for stage in TRAINED for arm in grid.arms[stage]):
-        before = len(runs)
+        asked = tried = 0
         combinations = list(_combinations(arm, list(runs.values())))
         for choice in arm.choices():
             variants: dict[Latent | None, Variant] = {}
@@ -158,11 +158,15 @@ def design(grid: Grid) -> Design:
                     if arm.section.where:
                         kept = [point for point in candidates if _kept(grid, variant, seed, lineage, point)]
                     removed += len(candidates) - len(kept)
+                    asked += len(kept)
                     for point in kept:
                         _check(variant, point)
                     _add(runs, data, variant, seed, upstream, lineage, kept)
-        if len(runs) == before:
-            raise GridError(f"{arm.key}.where", "got filters that remove every point; allowed: some left")
+        if not asked:
+            key, what = (
+                ("where", "filters that remove") if tried else ("upstream", "sources and matches that leave out")
+            )
+            raise GridError(f"{arm.key}.{key}", f"got {what} every point; allowed: some left")
     _check_networks(grid, runs)
     return Design(runs, removed)
 
@@ -340,8 +344,9 @@ def _check(variant: Variant, point: Candidate) -> None:
         raise GridError.got(point.key, point.budget, allowed)
     off, tolerance = point.steps * spent / point.budget - 1, variant.arm.section.tolerance
     if abs(off) > tolerance:
-        whole = f"{point.steps} whole step{'s' if point.steps > 1 else ''} of {variant.named} miss it by {off:+.1%}"
-        raise GridError.got(point.key, point.budget, f"{tolerance:.3g} of rounding; {whole}: tolerance, {remedy}")
+        steps = f"{point.steps} step{'s' if point.steps > 1 else ''} of {variant.named}: {off:+.1%}"
+        allowed = f"what whole steps spend within {tolerance:.3g} ({steps}), a larger tolerance, {remedy}"
+        raise GridError.got(point.key, point.budget, allowed)
 
 
 def _add(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 LETTERS = {"encoder": "e", "tokenizer": "t", "representation": "r", "generator": "g", "evaluation": "v"}
@@ -92,10 +92,13 @@ def trained(
     return assemble(parts if steps is None else parts | {"steps": str(steps)})
 
 
-def evaluation(data: str, upstream: str, protocol: str, seed: int, weights: Mapping[str, str]) -> str:
-    """The identity of an evaluation. ``weights`` maps extractors to the hash of their weights, where it is known.
+def evaluations(
+    data: str, upstream: str, protocol: str, seeds: Iterable[int], weights: Mapping[str, str]
+) -> Iterator[str]:
+    """The identities of evaluations that differ in their seed.
 
-    ``data``, ``upstream`` and ``protocol`` are canonical JSON, and so is the result.
+    ``weights`` maps extractors to the hash of their weights, where it is known. ``data``, ``upstream`` and
+    ``protocol`` are canonical JSON, and so are the results.
     """
     parts = {
         "stage": '"evaluation"',
@@ -103,9 +106,10 @@ def evaluation(data: str, upstream: str, protocol: str, seed: int, weights: Mapp
         "data": data,
         "upstream": upstream,
         "protocol": protocol,
-        "seed": str(seed),
+        "seed": "\0",  # never in JSON as it is, so it marks the place
     }
-    return assemble(parts | {"weights": canonical(weights)} if weights else parts)
+    before, _, after = assemble(parts | {"weights": canonical(weights)} if weights else parts).partition("\0")
+    return (f"{before}{seed}{after}" for seed in seeds)
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -263,7 +263,7 @@ def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, o
         slots.close(keep)
     for problem in tables.compact(study):
         print(f"{_short(problem.path)}: {problem.what}; left out", file=sys.stderr)
-    return whole
+    return whole and all(status["state"] != "cancelled" for status in launch.outcomes.values())
 
 
 def _report(

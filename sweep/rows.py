@@ -26,13 +26,15 @@ def rows(grid: Grid, planned: Design, rates: cost.Rates) -> Iterator[Row]:
     table = _Rows(grid, rates)
     for run in planned.runs.values():
         yield table.trained(run)
-    count = 0
+    seen: set[str] = set()  # two sections may ask for the same measurement
     for run in planned.runs.values():
         for evaluation in grid.evaluations:
-            count += len(evaluation.seeds) * len(run.points)
-            if count > LIMIT:
-                raise GridError("evaluation", f"got more than {LIMIT:,} of them; allowed: fewer points or seeds")
-            yield from table.evaluations(run, evaluation)
+            for row in table.evaluations(run, evaluation):
+                if len(seen) >= LIMIT:
+                    raise GridError("evaluation", f"got more than {LIMIT:,} of them; allowed: fewer points or seeds")
+                if row["run_id"] not in seen:
+                    seen.add(row["run_id"])
+                    yield row
 
 
 class _Rows:
@@ -225,20 +227,22 @@ class _Rows:
                     "point": str(step),
                     "checkpoint": canonical(measured.id),
                     run.stage: _module(measured),
-                    "plan": canonical({name: at[name] for name in PLANNED}),
                 }
             )
-            for seed in evaluation.seeds:
-                what = identity.evaluation(self.data_identity, text, fields, seed, weights)
+            plan = canonical({name: at[name] for name in PLANNED})
+            title = f"{run_label} @ {target} {evaluation.name} s"
+            quoted = canonical(title)[:-1]
+            texts = identity.evaluations(self.data_identity, text, fields, evaluation.seeds, weights)
+            for seed, what in zip(evaluation.seeds, texts, strict=True):
                 run_id = identity.run_id("evaluation", what)
-                label = f"{run_label} @ {target} {evaluation.name} s{seed}"
-                # two disjoint objects as one: the larger is the same for all seeds
-                own = {"run_id": f'"{run_id}"', "label": canonical(label), "identity": what, "seed": str(seed)}
-                config = f"{assemble(own)[:-1]},{here[1:]}"
-                row = at | {"run_id": run_id, "label": label, "seed": seed, "evaluation_seed": seed, "config": config}
+                row = at | {"run_id": run_id, "label": f"{title}{seed}", "seed": seed, "evaluation_seed": seed}
                 if (real := self.references(protocol)) > 0:
                     row |= self.price(run, "evaluation", part.sample + part.measure + real)
                     row["flops_measure"] = part.measure + real
+                planned = canonical({name: row[name] for name in PLANNED}) if real else plan
+                # what is the run's own, then what its seeds share, as one object
+                own = f'"run_id":"{run_id}","label":{quoted}{seed}","identity":{what},"seed":{seed},"plan":{planned}'
+                row["config"] = f"{{{own},{here[1:]}"
                 yield row
 
     def protocol(self, evaluation: Evaluation) -> tuple[str, str, dict[str, str]]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -210,7 +210,7 @@ class Problem(NamedTuple):
     path: Path
     what: str
     run_id: str
-    damaged: bool
+    kind: Literal["damaged", "twice", "missing"]
 
 
 def _by_run(study: Path, table: str, problems: list[Problem]) -> Iterator[tuple[str, list[Path], pa.Table]]:
@@ -222,7 +222,7 @@ def _by_run(study: Path, table: str, problems: list[Problem]) -> Iterator[tuple[
             try:
                 held.append(read(path, table))
             except Damaged as error:
-                problems.append(Problem(path, str(error).removeprefix(f"{path}: "), run_id, True))
+                problems.append(Problem(path, str(error).removeprefix(f"{path}: "), run_id, "damaged"))
         if held:
             rows = pa.concat_tables(held)
             several = len({path.stem.split("-")[0] for path in paths}) > 1
@@ -239,32 +239,34 @@ def verify(study: Path) -> list[Problem]:
             seen = Counter(zip(*(rows[name].to_pylist() for name in DISTINCT[table]), strict=True))
             if twice := sum(count - 1 for count in seen.values()):
                 what = f"{twice} rows of run {run_id} are there twice, among {len(paths)} parts"
-                problems.append(Problem(paths[-1], what, run_id, False))
+                problems.append(Problem(paths[-1], what, run_id, "twice"))
     for folder in sorted((study / "runs").glob("*")):
         if rundir.status(study, folder.name)["state"] == "done":
             needed = ("runs", "curves") if folder.name.startswith("v") else ("runs",)
             for table in needed:
                 if folder.name not in holds[table]:
                     path = rundir.table_folder(study, table) / f"study={study.name}" / f"run={folder.name}"
-                    problems.append(Problem(path, "the run is marked done but has no rows here", folder.name, False))
+                    problems.append(
+                        Problem(path, "the run is marked done but has no rows here", folder.name, "missing")
+                    )
     return problems
 
 
 def quarantine(study: Path, problems: Iterable[Problem]) -> None:
     """Move damaged parts out of the data set, and let the next launch write the rows of their runs again."""
     for problem in problems:
-        if problem.damaged:
+        if problem.kind == "damaged":
             target = study / "damaged" / problem.path.relative_to(study / "tables")
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(problem.path, target.with_name(target.name + ".damaged"))
-        if problem.damaged or problem.path.is_dir() is False:
+        if problem.kind != "twice":
             _reopen(study, problem.run_id)
 
 
 def _reopen(study: Path, run_id: str) -> None:
-    if rundir.run_folder(study, run_id).is_dir() and (claim := rundir.claim(study, run_id)):
-        claim.update(state="planned", reason="rows were damaged")
-        claim.release()
+    holder = rundir.holder(study, run_id)
+    if rundir.status_file(study, run_id).exists() and not (holder and holder.alive):
+        rundir.mark(study, run_id, "planned", "its rows were damaged")
 
 
 def compact(study: Path) -> list[Problem]:

@@ -159,7 +159,7 @@ def build(folder: Path, design: Design | None = None, **changes: Any) -> Path:
                     plan.append(
                         {**built, "run_id": generator, "stage": "generator", "family": "llama", "points": points}
                         | {"params_core": params, "params_total": params + 5_000, "batch": 64, "lr": 1e-3}
-                        | {"flops_upstream": design.flops_upstream, "flops_encode": 1e9, "fields": "{}"}
+                        | {"flops_upstream": design.flops_upstream, "flops_encode": 0.0, "fields": "{}"}
                     )
                     broken = diverged > 0 and size == "600k"
                     diverged -= broken
@@ -239,6 +239,10 @@ def _samples(
         known = {**common, **guidance, "extractor": extractor, "extractor_hash": "x" * 12, "reference_hash": "r" * 12}
         rows.append({**known, "metric": "fid", "value": value, "reference": "train", "n": 1000, "error": 0.01 * value})
         rows.append({**known, "metric": "kid", "value": value / 100, "reference": "train", "n": 1000})
+    if mode == "guided":
+        tried = {**common, "guidance_from": "search", "extractor": EXTRACTORS[0], "reference": "train", "n": 500}
+        rows += [{**tried, "metric": "fid_search", "value": fid * (1 + g), "guidance": g} for g in (1.0, 1.5, 2.0)]
+        rows.append({**tried, "metric": "guidance_edge", "value": 0.0, "guidance": 1.5, "reference": None})
     rows.append({**common, "metric": "precision", "value": None, "reason": "not asked for", "n": 1000})
     return rows
 

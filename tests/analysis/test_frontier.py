@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -264,7 +265,13 @@ def test_the_command_answers_in_sentences(digits, tmp_path, capsys):
 
 def test_arms_of_a_study_report_refusals(digits):
     held = study.read(digits)
+    assert held.extractors == ("digits_supervised", "digits_contrastive")
     arms, refused = arms_of(held, "kid_digits_supervised")
     assert [each.rate for each in arms] == ["4x64", "16x64", "16x256"]
     assert not refused
     assert load.slug("digits-supervised") == held.extractors[0]
+    # a collapsed codebook: its codes cost nothing to model, and no law goes through zero
+    collapsed = pl.when(pl.col("rate") == "4x64").then(0.0).otherwise(pl.col("nll_bits")).alias("nll_bits")
+    arms, refused = arms_of(replace(held, points=held.points.with_columns(collapsed)), "nll_bits")
+    assert [each.rate for each in arms] == ["16x64", "16x256"]
+    assert refused["4x64"].code == "non_positive"

@@ -116,7 +116,12 @@ def test_points_hold_plan_protocol_and_metrics(digits):
     # of the generator's own row, not of the evaluation's
     assert row["flops_upstream"] == 2e11
     assert row["params_core"] in {5_000, 25_000, 120_000, 600_000}
-    assert set(frame["guidance_from"].unique()) == {None, "search"}
+    assert row["flops_encode"] == 1e9
+    # a search leaves a row per candidate; the evaluation is one row, at the scale it reports
+    searched = frame.filter(pl.col("guidance_from") == "search")
+    assert not searched["run_id"].is_duplicated().any()
+    assert set(searched["guidance"]) == {1.5}
+    assert searched["nll_bits"].null_count() == 0
 
 
 def test_tokenizers_hold_their_gate(make_study, rate):

@@ -5,6 +5,7 @@ python tests/benchmarks/plan_100k.py               # 100,000 evaluations of 2,00
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -51,7 +52,7 @@ CASES = {
 
 
 def measure(case: str) -> None:
-    """Plan and write one case; print rows, seconds and the peak of memory."""
+    """Plan and write one case, and say what it took."""
     start = time.perf_counter()
     from sweep.plan import load, plan, write
 
@@ -64,12 +65,15 @@ def measure(case: str) -> None:
         planned = plan(load(file), folder)
         write(planned)
         size = (planned.study / "plan.parquet").stat().st_size / 2**20
-    wall, cpu = time.perf_counter() - start, time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{case}: {planned.table.num_rows:,} rows; with imports {wall:.1f} s, {cpu:.1f} s of CPU; {peak:.2f} GiB; "
-        f"{size:.1f} MiB on disk"
-    )
+    told = {
+        "case": case,
+        "rows": planned.table.num_rows,
+        "wall_s": round(time.perf_counter() - start, 2),
+        "cpu_s": round(time.process_time(), 2),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "disk_mib": round(size, 2),
+    }
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

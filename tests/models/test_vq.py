@@ -6,11 +6,11 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -176,39 +176,35 @@ def test_reset_does_not_depend_on_micro_batches() -> None:
     torch.testing.assert_close(whole.codebook, parts.codebook)
 
 
+def resets(rank: int, size: int, folder: str) -> None:
+    """Three steps on this rank's share of the images, a reset after the second."""
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    net = tokenizer(reset_every=2)
+    made = torch.Generator().manual_seed(3)
+    for step in range(3):
+        images, order = torch.rand(8, 1, 8, 8, generator=made) * 2 - 1, torch.rand(8, 4, generator=made)
+        mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
+        net.loss({"images": images[mine], "reset": order[mine]}, step)
+        net.after_step(step, False)
+    torch.save(net.state_dict(), f"{folder}/{size}-{rank}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
 def test_reset_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
-    script = """
-        import sys, torch, torch.distributed as dist
-        from models.config import VQ, Digits
-        rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-        torch.set_num_threads(1)
-        if size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-        torch.manual_seed(0)
-        net = VQ(tokens=4, codebook=32, width=8, code_dim=4, reset_every=2).build(Digits())
-        made = torch.Generator().manual_seed(3)
-        for step in range(3):
-            images = torch.rand(8, 1, 8, 8, generator=made) * 2 - 1
-            order = torch.rand(8, 4, generator=made)
-            mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
-            net.loss({"images": images[mine], "reset": order[mine]}, step)
-            net.after_step(step, False)
-        torch.save({"codebook": net.codebook.data, "window": net.window}, f"{folder}/{size}-{rank}.pt")
-        if size > 1:
-            dist.destroy_process_group()
-    """
     root = Path(__file__).parents[2]
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(rank), str(size), str(tmp_path)],
-            cwd=root,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        )
-        for rank, size in ((0, 1), (0, 2), (1, 2))
-    ]
-    assert [job.wait(120) for job in jobs] == [0, 0, 0]
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['resets'](1, 2, sys.argv[2])"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, __file__, str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+    )
+    resets(0, 1, str(tmp_path))
+    resets(0, 2, str(tmp_path))
+    assert other.wait(120) == 0
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert one["window"].sum() == 32
+    assert not torch.equal(one["codebook"], tokenizer().codebook)
     for held in two:
         torch.testing.assert_close(held["codebook"], one["codebook"])
         assert torch.equal(held["window"], one["window"])

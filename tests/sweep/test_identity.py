@@ -38,9 +38,9 @@ def known() -> dict[str, str]:
 
     def measured(protocol: Protocol, upstream: dict[str, str], **more: Any) -> str:
         source = canonical({"family": "digits", **Digits().identity()})
-        what = {"seed": 0, "weights": {}} | more
-        text = identity.evaluation(source, canonical(upstream), canonical(protocol.identity()), **what)
-        return identity.run_id("evaluation", text)
+        what = {"seeds": [0], "weights": {}} | more
+        texts = identity.evaluations(source, canonical(upstream), canonical(protocol.identity()), **what)
+        return identity.run_id("evaluation", next(texts))
 
     recipe = Recipe(lr=1e-3)
     tokenizer = trained("tokenizer", "vq", VQ(), Digits(), recipe)
@@ -63,7 +63,7 @@ def known() -> dict[str, str]:
         "evaluation of a generator": measured(
             Protocol(of="generator", extractors=extractors, guidance=(1, 2)),
             {"checkpoint": f"{generator}@300", **upstream},
-            seed=1,
+            seeds=[1],
             weights={"digits-supervised": "0123456789ab"},
         ),
     }

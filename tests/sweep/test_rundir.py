@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -53,24 +52,34 @@ def test_a_held_run_is_not_given_out_and_a_released_one_is(study):
     assert second.attempt == 2
 
 
-def race(study: Path, barrier: threading.Barrier, won: multiprocessing.Queue) -> None:
-    barrier.wait()
-    claim = rundir.claim(study, RUN)
-    won.put(claim.attempt if claim else None)
-    barrier.wait()  # a holder that ended would be a dead one
+RACER = """
+import sys, time
+from pathlib import Path
+from sweep import rundir
+study, go = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+while not go.exists():
+    pass
+claim = rundir.claim(study, "g0123456789ab")
+print(claim.attempt if claim else 0, flush=True)
+sys.stdin.read()  # a holder that ended would be a dead one
+"""
 
 
-def test_of_many_racing_processes_one_gets_the_run(study):
-    context = multiprocessing.get_context("spawn")
+def test_of_many_racing_processes_one_gets_the_run(study, tmp_path):
+    root = Path(rundir.__file__).parents[1]
     for attempt in (1, 2):
-        barrier, won = context.Barrier(6), context.Queue()
-        racers = [context.Process(target=race, args=(study, barrier, won)) for _ in range(6)]
+        go = tmp_path / f"go-{attempt}"
+        command = [sys.executable, "-c", RACER, str(study), str(go)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": root}
+        racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
         for racer in racers:
-            racer.start()
+            assert racer.stdout.readline() == "ready\n"
+        go.touch()
+        won = [int(racer.stdout.readline()) for racer in racers]
         for racer in racers:
-            racer.join()
-        assert sorted(filter(None, (won.get() for _ in racers))) == [attempt]
-        # its process is gone by now: the next round takes over a dead claim
+            racer.communicate()
+        assert sorted(won) == [0, 0, 0, attempt]  # the second round takes over from a dead process
 
 
 @pytest.mark.parametrize("changes", [{"pid": "dead"}, {"born": 1}])
@@ -202,7 +211,7 @@ def test_the_journal_appends_one_json_object_per_line(study):
     "name", ["../../etc", "g0123456789ab/..", "g0123456789AB", "0123456789abc", "g0123", "g0123456789ab\n"]
 )
 def test_a_run_id_cannot_leave_the_study(study, name):
-    with pytest.raises(ValueError, match="run id: .* allowed: one letter and 12 hexadecimal digits"):
+    with pytest.raises(ValueError, match=r"run id: .* allowed: one letter and 12 hexadecimal digits"):
         rundir.run_folder(study, name)
 
 
@@ -222,7 +231,7 @@ def test_a_study_is_found_by_path_and_by_name(study, monkeypatch):
     assert rundir.find("digits", study.parent) == study
     monkeypatch.chdir(study)
     assert rundir.find(".").name == "digits"
-    with pytest.raises(ValueError, match="study: 'nothing' holds no plan.parquet"):
+    with pytest.raises(ValueError, match=r"study: 'nothing' holds no plan\.parquet"):
         rundir.find("nothing")
 
 

@@ -1,0 +1,413 @@
+"""Does every run get done once, whoever dies, and does a second launch notice?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep import launch, plan, rundir, slots, tables, worker
+from sweep.attempt import Stop
+
+ROOT = Path(launch.__file__).parents[1]
+GRID = """
+study: {study}
+data: {{family: digits, views: 1, views_heldout: 1}}
+tokenizer:
+  family: vq
+  fields: {{width: 4, tokens: 4, codebook: 16}}
+  steps: {points}
+  train: {{batch: 8, lr: 2.0e-3, warmup: 2}}
+  seeds: {seeds}
+generator:
+  family: llama
+  sizes: [5k]
+  steps: [4]
+  train: {{batch: 8, lr: 3.0e-3, warmup: 2}}
+  seeds: [0]
+evaluation:
+  - {{name: rebuilt, of: tokenizer, extractors: [digits-supervised], points: all, samples: 32}}
+  - {{name: again, of: tokenizer, extractors: [digits-supervised], points: all, samples: 48}}
+  - {{name: sampled, of: generator, extractors: [digits-supervised], points: all, samples: 32}}
+run: {{threads: 1, log_every: 5, save_every_s: 0.2}}
+price: {{device: core, devices: 2, peak_tflops: 0.06, mfu: [0.2, 0.7]}}
+"""
+
+
+def planned(folder: Path, **changes: Any) -> Path:
+    values = {"study": "tiny", "points": "[5, 10]", "seeds": "[0, 1]"} | changes
+    grid = folder / "grid.yaml"
+    grid.write_text(GRID.format(**values))
+    result = plan.plan(plan.load(grid), folder / "results")
+    plan.write(result)
+    return result.study.resolve()
+
+
+def runs(study: Path, stage: str) -> list[str]:
+    return [row["run_id"] for row in tables.plan(study, ["run_id", "stage"]) if row["stage"] == stage]
+
+
+def events(study: Path, run_id: str) -> list[dict[str, Any]]:
+    path = rundir.journal_file(study, run_id)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def states(study: Path, stage: str) -> list[str]:
+    return [rundir.status(study, run_id)["state"] for run_id in runs(study, stage)]
+
+
+def done(study: Path, stage: str) -> None:
+    """Say that the runs of a stage are done, without doing them."""
+    for row in tables.plan(study, ["run_id", "stage", "points", "encode"]):
+        if row["stage"] == stage:
+            rundir.mark(study, row["run_id"], "done", points=row["points"], encoded=row["encode"])
+            for point in row["points"]:
+                rundir.atomic_write(study, rundir.point_file(study, row["run_id"], point), {})
+
+
+def waited(until: Callable[[], object], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+# --- a stage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    study = planned(tmp_path_factory.mktemp("launched"))
+    assert launch.main([str(study), "--stage", "tokenizer", "--slots", "2"]) == 0
+    assert launch.main([str(study), "--stage", "evaluation", "--of", "tokenizer", "--slots", "2"]) == 0
+    return study
+
+
+def test_a_stage_runs_to_its_end_in_processes_of_its_own(launched):
+    assert states(launched, "tokenizer") == ["done", "done"]
+    pids = {rundir.status(launched, run_id)["pid"] for run_id in runs(launched, "tokenizer")}
+    assert os.getpid() not in pids
+    assert all(not rundir.alive(rundir.myself()["host"], pid, None) for pid in pids)
+    held = tables.read(tables.parts(launched, "runs")[0], "runs").to_pylist()
+    assert held[0]["status"] == "done"
+    assert rundir.compact_file(launched, "curves").exists()
+    assert not tables.verify(launched)
+
+
+def test_evaluations_of_a_checkpoint_share_a_process(launched):
+    held = tables.plan(launched, ["run_id", "stage", "checkpoint"])
+    pids: dict[str, set[int]] = {}
+    for row in held:
+        if row["stage"] == "evaluation" and row["checkpoint"].startswith("t"):
+            pids.setdefault(row["checkpoint"], set()).add(rundir.status(launched, row["run_id"])["pid"])
+    assert len(pids) == 4
+    assert all(len(found) == 1 for found in pids.values())
+
+
+def test_a_stamp_lists_outcomes_and_nothing_of_submitit_is_left(launched):
+    stamp = json.loads(rundir.stamp_file(launched, "tokenizer").read_text())
+    assert stamp == {"stage": "tokenizer", "of": None, "runs": dict.fromkeys(runs(launched, "tokenizer"), "done")}
+    assert rundir.stamp_file(launched, "evaluation", "tokenizer").name == "evaluation-tokenizer.json"
+    assert rundir.stamp_file(launched, "evaluation", "tokenizer").exists()
+    folder = rundir.launches_folder(launched)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not list(folder.iterdir())
+
+
+def test_a_second_call_returns_at_once_with_one_line(launched):
+    command = [sys.executable, "-X", "importtime", "-m", "sweep.launch", str(launched), "--stage", "tokenizer"]
+    call = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert call.returncode == 0
+    assert call.stdout.startswith("tokenizer: 2 of 2 runs done")
+    assert call.stdout.count("\n") == 1
+    loaded = {line.rpartition("|")[2].strip() for line in call.stderr.splitlines()}
+    assert "sweep.launch" in loaded or "sweep.slots" in loaded
+    assert not loaded & {"torch", "submitit", "pandas", "rich"}
+
+
+# --- what is not run -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process may be started."""
+
+    def start(self: slots.Slots, work: list[list[str]]) -> None:
+        raise AssertionError(f"started on {work}")
+
+    monkeypatch.setattr(slots.Slots, "start", start)
+
+
+@pytest.mark.usefixtures("still")
+def test_what_is_missing_upstream_blocks_without_an_attempt(tmp_path, capsys):
+    study = planned(tmp_path)
+    assert launch.main([str(study), "--stage", "generator"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("blocked: g") == 2
+    assert "its run is planned" in captured.err
+    assert "0 of 2 runs done (2 blocked)" in captured.out
+    assert not rundir.stamp_file(study, "generator").exists()
+    assert not (rundir.run_folder(study, runs(study, "generator")[0]) / "claim").exists()
+
+
+@pytest.mark.usefixtures("still")
+def test_divergence_upstream_is_no_failure(tmp_path, capsys):
+    study = planned(tmp_path)
+    done(study, "generator")
+    for run_id in runs(study, "tokenizer"):
+        rundir.mark(study, run_id, "diverged", "loss nan at step 5")
+    assert launch.main([str(study), "--stage", "tokenizer"]) == 0
+    assert "2 diverged" in capsys.readouterr().out
+    for run_id in runs(study, "generator"):
+        rundir.mark(study, run_id, "planned", points=[])
+    assert launch.main([str(study), "--stage", "generator"]) == 0
+    assert "loss nan at step 5" in capsys.readouterr().err
+    stamp = json.loads(rundir.stamp_file(study, "generator").read_text())
+    assert set(stamp["runs"].values()) == {"blocked"}
+
+
+@pytest.mark.usefixtures("still")
+def test_a_failure_is_listed_and_stays_until_it_is_asked_for(tmp_path, capsys):
+    study = planned(tmp_path)
+    done(study, "tokenizer")
+    failed = runs(study, "tokenizer")[1]
+    rundir.mark(study, failed, "failed", "code: ZeroDivisionError: x", traceback="Traceback ...")
+    assert launch.main([str(study), "--stage", "tokenizer"]) == 1
+    error = capsys.readouterr().err
+    assert f"failed: {failed} vq 4x16 s1: code: ZeroDivisionError: x" in error
+    assert f"python -m sweep.worker {failed}" in error
+    with pytest.raises(AssertionError, match=f"started on .*{failed}"):
+        launch.main([str(study), "--stage", "tokenizer", "--retry"])
+
+
+@pytest.mark.usefixtures("still")
+def test_a_run_with_a_new_point_is_to_do_again(tmp_path, capsys):
+    study = planned(tmp_path, seeds="[0]")
+    done(study, "tokenizer")
+    assert launch.main([str(study), "--stage", "tokenizer"]) == 0
+    planned(tmp_path, seeds="[0]", points="[5, 10, 20]")
+    with pytest.raises(AssertionError, match="started on"):
+        launch.main([str(study), "--stage", "tokenizer"])
+    assert "1 of 1 runs to do" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("still")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing", "--stage", "tokenizer"], "study: 'nothing' holds no plan.parquet"),
+        (["STUDY", "--stage", "tokenizer", "--only", "sede=1"], "--only: got 'sede'; allowed: RUN_ID, or KEY=VALUE of"),
+        (["STUDY", "--stage", "tokenizer", "--only", "seed=7"], "--only: got seed=7; no tokenizer run"),
+        (["STUDY", "--stage", "tokenizer", "--only", "../x"], "run id: '../x'; allowed: one letter and 12"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, says, capsys):
+    study = planned(tmp_path)
+    before = sorted(study.rglob("*"))
+    assert launch.main([str(study) if word == "STUDY" else word for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(says)
+    assert error.count("\n") == 1
+    assert sorted(study.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("still")
+def test_a_price_beyond_the_limit_is_refused(tmp_path, capsys):
+    study = planned(tmp_path)
+    before = sorted(study.rglob("*"))
+    assert launch.main([str(study), "--stage", "tokenizer", "--max-gpu-hours", "1e-9"]) == 3
+    assert capsys.readouterr().err.startswith("--max-gpu-hours: tokenizer needs up to ")
+    assert sorted(study.rglob("*")) == before
+
+
+def test_runs_are_selected_by_id_column_and_axis(tmp_path):
+    study = planned(tmp_path)
+    first, second = runs(study, "tokenizer")
+
+    def selected(*only: str, stage: str | None = "tokenizer", of: str | None = None) -> list[str]:
+        return [row["run_id"] for row in launch.select(study, stage, of, only)]
+
+    assert selected() == [first, second]
+    assert selected(first) == [first]
+    assert selected("seed=1") == [second]
+    assert selected("lr=2e-3", "seed=0.0") == [first]
+    assert selected("family=vq", "tokens=4") == [first, second]
+    assert selected("tokenizer_seed=1", stage="generator") == [runs(study, "generator")[1]]
+    assert len(selected(stage="evaluation", of="tokenizer")) == 8
+    assert len(selected(stage="evaluation", of="generator")) == 2
+
+
+def test_work_is_ordered_longest_first_with_checkpoints_together():
+    def row(run_id: str, flops: float, checkpoint: str | None = None) -> dict[str, Any]:
+        return {"run_id": run_id, "flops_total": flops, "checkpoint": checkpoint}
+
+    assert launch.groups([row("a", 1.0), row("b", 3.0), row("c", 2.0)]) == [["b"], ["c"], ["a"]]
+    held = [row("a", 2.0, "g@1"), row("b", 3.0, "g@2"), row("c", 2.0, "g@1")]
+    assert launch.groups(held) == [["a", "c"], ["b"]]
+
+
+def test_a_large_finished_study_costs_seconds(tmp_path, capsys):
+    study = planned(tmp_path, seeds=str(list(range(500))), points="[1, 2, 3, 4, 5]")
+    assert len(tables.plan(study, ["run_id"])) >= 5000
+    for run_id in runs(study, "evaluation"):
+        rundir.run_folder(study, run_id).mkdir(parents=True)
+        rundir.status_file(study, run_id).write_text(json.dumps({"run_id": run_id, "state": "done"}))
+    began = time.monotonic()
+    assert launch.main([str(study), "--stage", "evaluation", "--of", "tokenizer"]) == 0
+    assert time.monotonic() - began < 5
+    assert "5000 of 5000 runs done" in capsys.readouterr().out
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    values = {"cluster": "local", "threads_per_slot": None, "cores": None, "slots": None}
+    return argparse.Namespace(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "visible", "changes", "expected"),
+    [
+        (1, "cpu", "", {"cores": 2}, (2, 1, [])),
+        (2, "cpu", "", {"cores": 2}, (1, 2, [])),
+        (4, "cpu", "", {"cores": 2}, (1, 4, [])),
+        (4, "cpu", "", {"cores": 8, "threads_per_slot": 2}, (4, 2, [])),
+        (1, "auto", "", {"cores": 2}, (2, 1, [])),
+        (1, "auto", "0,2,3", {"cores": 2}, (3, 1, [0, 2, 3])),
+        (1, "cpu", "0,1", {"cores": 4}, (4, 1, [])),
+        (1, "cuda", "0", {"cores": 4, "slots": 3}, (3, 1, [0])),
+    ],
+)
+def test_slots_divide_devices_or_cores(tmp_path, monkeypatch, threads, device, visible, changes, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    configs = [{"runtime": {"threads": threads, "device": device}}]
+    held = slots.Slots(tmp_path / "study", configs, options(**changes))
+    assert (held.count, held.width, held.devices) == expected
+
+
+def test_a_worker_that_cannot_start_ends_the_launch(tmp_path, monkeypatch, capsys):
+    study = planned(tmp_path)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert launch.main([str(study), "--stage", "tokenizer", "--slots", "1"]) == 1
+    assert "workers end before they end a run; see " in capsys.readouterr().err
+    assert states(study, "tokenizer") == ["planned", "planned"]
+
+
+# --- disturbances ----------------------------------------------------------------------------------------------------
+
+
+def launcher(study: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sweep.launch", str(study), "--stage", "tokenizer", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture
+def tidy() -> Iterator[list[Path]]:
+    """Whatever a test leaves running in these studies ends with it."""
+    studies: list[Path] = []
+    yield studies
+    for study in studies:
+        for path in rundir.launches_folder(study).glob("*/worker-*.json"):
+            process = json.loads(path.read_text())
+            if rundir.alive(process["host"], process["pid"], process["born"]):
+                os.kill(process["pid"], signal.SIGKILL)
+
+
+def trained(study: Path, run_id: str, attempt: int) -> bool:
+    return any(event["event"] == "record" and event["attempt"] >= attempt for event in events(study, run_id))
+
+
+@pytest.mark.timeout(600)
+def test_a_run_survives_kills_cancels_and_ctrl_c_bit_for_bit(tmp_path, tidy):
+    study = planned(tmp_path, seeds="[0]", points="[1500]")
+    tidy.append(study)
+    (run,) = runs(study, "tokenizer")
+
+    # a worker dies: noticed, and the run goes on in another process
+    first = launcher(study)
+    waited(lambda: trained(study, run, 1))
+    os.kill(rundir.status(study, run)["pid"], signal.SIGKILL)
+    waited(lambda: rundir.status(study, run).get("lost") == 1, seconds=10)
+    waited(lambda: trained(study, run, 2))
+
+    # somebody cancels from another terminal
+    assert launch.main([str(study), "--cancel"]) == 0
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "stopped before the end; the same command resumes" in output
+    assert "1 cancelled" in output
+    assert rundir.status(study, run)["reason"].startswith("asked to stop at step")
+    saved = max(event["attempt"] for event in events(study, run))
+
+    # Ctrl-C twice: everything is gone, nothing is lost
+    second = launcher(study)
+    waited(lambda: trained(study, run, saved + 1))
+    pid = rundir.status(study, run)["pid"]
+    second.send_signal(signal.SIGINT)
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=60)
+    assert second.returncode == 130
+    waited(lambda: rundir.alive(rundir.myself()["host"], pid, None) is False, seconds=10)
+
+    rundir.mark(study, run, "planned")
+    assert worker.work(study, run, Stop()) == "done"
+    (tmp_path / "quiet").mkdir()
+    quiet = planned(tmp_path / "quiet", seeds="[0]", points="[1500]")
+    rundir.register(quiet, json.loads(tables.plan(quiet, ["run_id", "config"], [run])[0]["config"]))
+    assert worker.work(quiet, run, Stop()) == "done"
+    mine, other = (rundir.point_file(held, run, 1500).parent / "point.safetensors" for held in (study, quiet))
+    assert mine.read_bytes() == other.read_bytes()
+    assert not tables.verify(study)
+
+
+@pytest.mark.timeout(600)
+def test_two_launches_at_once_run_nothing_twice(tmp_path, tidy):
+    study = planned(tmp_path, seeds="[0, 1, 2]")
+    tidy.append(study)
+    both = [launcher(study, "--slots", "1") for _ in range(2)]
+    for process in both:
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, output
+        assert "3 of 3 runs done" in output
+    for run_id in runs(study, "tokenizer"):
+        assert [event["event"] for event in events(study, run_id)].count("started") == 1
+    assert states(study, "tokenizer") == ["done"] * 3
+
+
+def test_a_run_that_loses_its_worker_twice_has_failed(tmp_path):
+    study = planned(tmp_path, seeds="[0]")
+    (run,) = runs(study, "tokenizer")
+    (row,) = launch.select(study, "tokenizer", None)
+    config = json.loads(tables.plan(study, ["run_id", "config"], [run])[0]["config"])
+    rundir.register(study, config)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for lost in (1, 2):
+        claim = rundir.claim(study, run)
+        assert claim is not None
+        claim.update(state="running")
+        record = claim.folder / "holder.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": gone.pid}))
+        held = launch.Launch(study, [row], {run: config}, slots.Slots(study, [config], options(slots=1, cluster=lost)))
+        held.look()
+        held.look()
+        status = rundir.status(study, run)
+        assert (status["state"], run in held.pending) == (("planned", True) if lost == 1 else ("failed", False))
+        with pytest.raises(rundir.Superseded):
+            claim.guard()  # the dead may come back
+        held.slots.close(keep=False)
+    assert status["reason"] == f"lost: its worker died (pid {gone.pid} on {rundir.myself()['host']}), 2 times"
+    (part,) = tables.parts(study, "runs")
+    (ended,) = tables.read(part, "runs").to_pylist()
+    assert (ended["status"], ended["attempt"], ended["host"], ended["mem_peak_gib"]) == ("failed", 4, None, None)
