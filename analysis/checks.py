@@ -97,15 +97,15 @@ def extractors(results: Results) -> tuple[Figure, Caption]:
         raise Missing(
             f"no generator has gFID by both extractors yet ({len(held.points)} of {held.planned} points measured)"
         )
-    points = held.points.drop_nulls([first, second])
+    points = held.points.filter(pl.col(first) > 0, pl.col(second) > 0)
     palette = colours(held.rates)
     sizes = points.sort("params_core", nulls_last=True)["generator_size"].unique(maintain_order=True).to_list()
     figure, axes = plt.subplots(figsize=(WIDTH * 0.62, 3.5))
-    for row in points.iter_rows(named=True):
-        colour = palette[row["rate"]]
-        shape = MARKERS[sizes.index(row["generator_size"]) % len(MARKERS)]
-        face = "none" if is_flagged(row["tokenizer_gate"]) else colour
-        axes.plot(row[first], row[second], shape, color=colour, markerfacecolor=face, markersize=4, alpha=0.8)
+    looks = points.group_by("rate", "generator_size", "tokenizer_gate", maintain_order=True)
+    for (rate, size, flag), rows in looks:
+        colour, shape = palette[str(rate)], MARKERS[sizes.index(size) % len(MARKERS)]
+        face = "none" if is_flagged(flag) else colour
+        axes.plot(rows[first], rows[second], shape, color=colour, markerfacecolor=face, markersize=4, alpha=0.8)
     log_axis(axes, "x", float(points[first].min()), float(points[first].max()))  # type: ignore[arg-type]
     log_axis(axes, "y", float(points[second].min()), float(points[second].max()))  # type: ignore[arg-type]
     axes.set(xlabel=words(first), ylabel=words(second))

@@ -61,19 +61,22 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
         rows = points.filter(pl.col("rate") == rate)
         colour = palette[rate]
         dodge = (1 + DODGE) ** (i - (len(rates) - 1) / 2)
+        # points that look alike are one artist: a study has thousands of them
+        alike: dict[tuple[str, bool, bool], list[tuple[float, float]]] = {}
         chosen = _on_envelope(curves, rate)
         for row in rows.iter_rows(named=True):
             on = (row["tokenizer_seed"], row["flops_target"], row["generator_size"]) in chosen
-            open_marker = is_flagged(row["tokenizer_gate"])
             shape = "x" if row["past_minimum"] else MARKERS[sizes.index(row["generator_size"]) % len(MARKERS)]
+            look = shape, on, is_flagged(row["tokenizer_gate"])
+            alike.setdefault(look, []).append((row["flops_to_point"] * dodge, row[metric]))
+        for (shape, on, flagged), places in alike.items():
             axes.plot(
-                row["flops_to_point"] * dodge,
-                row[metric],
+                *zip(*places, strict=True),
                 marker=shape,
                 markersize=4.2 if on else 3.0,
                 color=colour,
-                markerfacecolor="none" if open_marker else colour,
-                markeredgewidth=0.8 if open_marker or row["past_minimum"] else 0.0,
+                markerfacecolor="none" if flagged else colour,
+                markeredgewidth=0.8 if flagged or shape == "x" else 0.0,
                 alpha=0.95 if on else 0.3,
                 linestyle="",
                 zorder=3 if on else 2,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -779,4 +779,4 @@ def family(kind: str, name: str) -> type[Fields]:
         raise ValueError(f"family: {name!r} cannot be imported ({error})") from None
     if not (isinstance(found, type) and issubclass(found, BASES[kind])):
         raise ValueError(f"family: {name!r} has to be a subclass of models.config.{BASES[kind].__name__}")
-    return cast("type[Fields]", found)
+    return found

@@ -62,8 +62,8 @@ def references(
 ) -> dict[str, Reference]:
     """The first ``count`` images of the stream (split, seed) in every space, as ``models.data.reference`` draws them.
 
-    With ``cache`` (a study's cache folder) features are kept under ``cache/references``, written by one rename, so
-    that processes may share them; a file that cannot be read is made again.
+    With ``cache`` (a folder) features are kept there, written by one rename, so that processes may share them; a file
+    that cannot be read is made again.
     """
     found: dict[str, Reference] = {}
     paths: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -72,7 +72,7 @@ def references(
         described = {**drawn, "extractor": name, "extractor_hash": fidelity.extractor_hash(name)}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         if cache is not None:
-            paths[name] = (cache / "references" / f"{digest}.safetensors", described)
+            paths[name] = (cache / f"{digest}.safetensors", described)
             try:
                 with safe_open(paths[name][0], framework="pt") as file:
                     values, groups = file.get_tensor("features"), file.get_tensor("index")

@@ -1,6 +1,6 @@
 """How are the exact versions pinned? Writes constraints.txt and the same list into pyproject.toml.
 
-    python tests/pins.py 2026-11-22      # resolve again with what was published before that day
+python tests/pins.py 2026-11-22      # resolve again with what was published before that day
 """
 
 from __future__ import annotations
