@@ -124,6 +124,39 @@ class SimCLR(nn.Module):
         return {"loss": F.cross_entropy(logits, partner), "matched": matched}
 
 
+class TimmEncoder(nn.Module):
+    """A timm network by name: [B, 3, H, W] in [0, 1] to its pooled features [B, D].
+
+    Images are resized as the network's own evaluation does (bicubic with antialiasing where it says so) and
+    normalised with its mean and deviation. ``weights`` is a local file; None loads the published ones by name.
+    """
+
+    channels = 3
+
+    def __init__(self, name: str, weights: Path | None = None) -> None:
+        super().__init__()
+        import timm
+        from timm.data import resolve_model_data_config
+
+        if name.partition(".")[0] not in timm.list_models():
+            raise ValueError(f"extractors: timm has no model {name!r}; allowed: a name that timm.list_models() gives")
+        try:
+            self.net = timm.create_model(
+                name, pretrained=weights is None, num_classes=0, checkpoint_path=str(weights) if weights else ""
+            )
+        except (OSError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise ValueError(f"extractors: weights of timm:{name} cannot be had ({line})") from None
+        config = resolve_model_data_config(self.net)
+        self.size, self.mode = config["input_size"][1:], config["interpolation"]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        resized = F.interpolate(images, self.size, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
+        return self.net((resized - self.mean) / self.deviation)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:

@@ -4,8 +4,8 @@ Features of an image set are computed once per extractor and serve every metric.
 float64. Importing this module loads torch only; torch-fidelity (seconds) is loaded where it is first needed.
 
 Extractor names: those in ``models.config.EXTRACTORS``; ``inception-v3-compat:/path/to/weights.pth`` for a local
-copy; ``package.module:Class`` for a subclass of torch-fidelity's ``FeatureExtractorBase``, whose default layer for
-"fid" is taken.
+copy; ``timm:NAME`` or ``timm:NAME:/path/to/weights`` for a network of timm's; ``package.module:Class`` for a subclass
+of torch-fidelity's ``FeatureExtractorBase``, whose default layer for "fid" is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from models import encoders
 from models.config import EXTRACTORS
 
 INCEPTION = "inception-v3-compat"
+TIMM = "timm:"
 KID_SUBSETS = 20
 CHUNK = 1000  # rows of a distance matrix held at once
 
@@ -57,7 +58,11 @@ def extractor(name: str, device: str) -> nn.Module:
 
     registered, options = name, {}
     if name in EXTRACTORS and EXTRACTORS[name].weights:
-        found = _embedded(name)
+        found = _pooled(lambda: encoders.load(weights_path(name)), lambda images: images / 127.5 - 1)
+    elif name.startswith(TIMM):
+        model, path = timm_parts(name)
+        registered = name.replace("/", "_")  # the registry takes no paths
+        found = _pooled(lambda: encoders.TimmEncoder(model, path), lambda images: images / 255)
     elif name == INCEPTION or name.startswith(INCEPTION + ":"):
         registered, _, path = name.partition(":")
         found = FEATURE_EXTRACTORS_REGISTRY[INCEPTION]
@@ -79,15 +84,23 @@ def extractor(name: str, device: str) -> nn.Module:
     return made.to(device)
 
 
-def _embedded(name: str) -> type[Any]:
+def timm_parts(name: str) -> tuple[str, Path | None]:
+    """Model name and local weights (None: published ones) of a ``timm:`` extractor."""
+    model, _, path = name.removeprefix(TIMM).partition(":")
+    if path and not Path(path).is_file():
+        raise ValueError(f"extractors: {name!r} names a file that does not exist; allowed: a weights file")
+    return model, Path(path) if path else None
+
+
+def _pooled(load: Callable[[], nn.Module], scaled: Callable[[Tensor], Tensor]) -> type[Any]:
     from torch_fidelity import FeatureExtractorBase
 
-    class Embedded(FeatureExtractorBase):
-        """A committed encoder as torch-fidelity calls it: uint8 images in, a tuple of features out."""
+    class Pooled(FeatureExtractorBase):
+        """An encoder as torch-fidelity calls it: uint8 images in, a tuple of features out."""
 
         def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
             super().__init__(name, features_list)
-            self.encoder = encoders.load(weights_path(name))
+            self.encoder = load()
             self.channels = self.encoder.channels
 
         @staticmethod
@@ -103,9 +116,9 @@ def _embedded(name: str) -> type[Any]:
             return True
 
         def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (self.encoder(images.float() / 127.5 - 1),)
+            return (self.encoder(scaled(images.float())),)
 
-    return Embedded
+    return Pooled
 
 
 def _brought(name: str) -> type[Any]:
@@ -114,7 +127,7 @@ def _brought(name: str) -> type[Any]:
     module, _, attribute = name.partition(":")
     if not attribute:
         allowed = ", ".join(EXTRACTORS)
-        raise ValueError(f"extractors: {name!r} is not known; allowed: {allowed}, or package.module:Class")
+        raise ValueError(f"extractors: {name!r} is not known; allowed: {allowed}, timm:NAME, or package.module:Class")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -129,6 +142,8 @@ def extractor_hash(name: str) -> str:
     """12 hex digits of the SHA-256 of the weights file (of name and tensors for a class brought along)."""
     if name in EXTRACTORS and EXTRACTORS[name].weights:
         return encoders.sha256(weights_path(name))[:12]
+    if name.startswith(TIMM) and (path := timm_parts(name)[1]):
+        return encoders.sha256(path)[:12]
     net = extractor(name, "cpu")
     if name.startswith(INCEPTION):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3

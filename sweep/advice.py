@@ -90,5 +90,5 @@ def weights_file(extractor: str) -> Path | None:
     known = config.EXTRACTORS.get(extractor)
     if known is not None:
         return WEIGHTS / known.weights if known.weights else None
-    path = extractor.partition(":")[2]
+    path = extractor.rpartition(":")[2]
     return Path(path) if "/" in path else None

@@ -268,7 +268,7 @@ def _evaluation(index: int, raw: dict[str, Any], arms: dict[config.Stage, tuple[
     for position, name in enumerate(protocol.extractors):
         if name not in config.EXTRACTORS and ":" not in name:
             allowed = choose(name, config.EXTRACTORS)
-            near = f"{allowed}, inception-v3-compat:/path/to/weights.pth, or package.module:Class"
+            near = f"{allowed}, inception-v3-compat:/path/to/weights.pth, timm:NAME, or package.module:Class"
             raise GridError.got(f"{key}.extractors[{position}]", name, near)
     seeds, only = tuple(section.seeds), frozenset(section.arms) if section.arms else None
     return Evaluation(key, section.name, protocol, section.points, seeds, only)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import fidelity
+from models import encoders, fidelity
 from models.config import EXTRACTORS
 from models.fidelity import FeatureSet
 
@@ -320,6 +320,30 @@ def test_inception_from_a_path_and_without_a_network(tmp_path, monkeypatch: pyte
     assert found.shape == (2, 2048)
     assert torch.equal(found, fidelity.features(grey.repeat(1, 3, 1, 1), name))
     assert len(fidelity.extractor_hash(name)) == 12
+
+
+def test_a_timm_space_from_local_weights(tmp_path) -> None:
+    """Equal to calling the network on images resized and normalised as its own evaluation does."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", pretrained=False, num_classes=0).eval()
+    path = tmp_path / "weights.safetensors"
+    save_file(net.state_dict(), path)
+    name = f"timm:test_vit:{path}"
+    images = torch.randint(0, 256, (5, 3, 24, 24), dtype=torch.uint8)
+    config = timm.data.resolve_model_data_config(net)
+    mean, deviation = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    resized = torch.nn.functional.interpolate(images / 255, config["input_size"][1:], mode="bicubic", antialias=True)
+    with torch.no_grad():
+        expected = net((resized.clamp(0, 1) - mean) / deviation)
+    torch.testing.assert_close(fidelity.features(images, name, batch=2), expected, rtol=1e-4, atol=1e-5)
+    assert fidelity.features(images[:, :1], name).shape == expected.shape  # grey
+    assert fidelity.extractor_hash(name) == encoders.sha256(path)[:12]
+    for bad in ("timm:no_such_network", "timm:test_vit:/no/such/file"):
+        with pytest.raises(ValueError, match="allowed"):
+            fidelity.features(images, bad)
 
 
 def test_importing_loads_nothing_heavy() -> None:

@@ -25,7 +25,7 @@ study: {study}
 data: {{family: digits, views: 1, views_heldout: 1}}
 tokenizer:
   family: vq
-  fields: {{width: 4, tokens: 4, codebook: 16}}
+  fields: {{width: 4, tokens: 16, codebook: 16, attention: false}}
   steps: {points}
   train: {{batch: 8, lr: 2.0e-3, warmup: 2}}
   seeds: {seeds}
@@ -39,7 +39,7 @@ evaluation:
   - {{name: rebuilt, of: tokenizer, extractors: [digits-supervised], points: all, samples: 32}}
   - {{name: again, of: tokenizer, extractors: [digits-supervised], points: all, samples: 48}}
   - {{name: sampled, of: generator, extractors: [digits-supervised], points: all, samples: 32}}
-run: {{threads: 1, log_every: 5, save_every_s: 0.2}}
+run: {{threads: 1, log_every: 5, save_every_s: 1}}
 price: {{device: core, devices: 2, peak_tflops: 0.06, mfu: [0.2, 0.7]}}
 """
 
@@ -184,7 +184,7 @@ def test_a_failure_is_listed_and_stays_until_it_is_asked_for(tmp_path, capsys):
     rundir.mark(study, failed, "failed", "code: ZeroDivisionError: x", traceback="Traceback ...")
     assert launch.main([str(study), "--stage", "tokenizer"]) == 1
     error = capsys.readouterr().err
-    assert f"failed: {failed} vq 4x16 s1: code: ZeroDivisionError: x" in error
+    assert f"failed: {failed} vq 16x16 s1: code: ZeroDivisionError: x" in error
     assert f"python -m sweep.worker {failed}" in error
     with pytest.raises(AssertionError, match=f"started on .*{failed}"):
         launch.main([str(study), "--stage", "tokenizer", "--retry"])
@@ -241,7 +241,7 @@ def test_runs_are_selected_by_id_column_and_axis(tmp_path):
     assert selected(first) == [first]
     assert selected("seed=1") == [second]
     assert selected("lr=2e-3", "seed=0.0") == [first]
-    assert selected("family=vq", "tokens=4") == [first, second]
+    assert selected("family=vq", "tokens=16") == [first, second]
     assert selected("tokenizer_seed=1", stage="generator") == [runs(study, "generator")[1]]
     assert len(selected(stage="evaluation", of="tokenizer")) == 8
     assert len(selected(stage="evaluation", of="generator")) == 2
@@ -330,7 +330,7 @@ def trained(study: Path, run_id: str, attempt: int) -> bool:
 
 @pytest.mark.timeout(600)
 def test_a_run_survives_kills_cancels_and_ctrl_c_bit_for_bit(tmp_path, tidy):
-    study = planned(tmp_path, seeds="[0]", points="[600]")
+    study = planned(tmp_path, seeds="[0]", points="[400]")
     tidy.append(study)
     (run,) = runs(study, "tokenizer")
 
@@ -363,10 +363,10 @@ def test_a_run_survives_kills_cancels_and_ctrl_c_bit_for_bit(tmp_path, tidy):
     rundir.mark(study, run, "planned")
     assert worker.work(study, run, Stop()) == "done"
     (tmp_path / "quiet").mkdir()
-    quiet = planned(tmp_path / "quiet", seeds="[0]", points="[600]")
+    quiet = planned(tmp_path / "quiet", seeds="[0]", points="[400]")
     rundir.register(quiet, json.loads(tables.plan(quiet, ["run_id", "config"], [run])[0]["config"]))
     assert worker.work(quiet, run, Stop()) == "done"
-    mine, other = (rundir.point_file(held, run, 600).parent / "point.safetensors" for held in (study, quiet))
+    mine, other = (rundir.point_file(held, run, 400).parent / "point.safetensors" for held in (study, quiet))
     assert mine.read_bytes() == other.read_bytes()
     assert not tables.verify(study)
 
