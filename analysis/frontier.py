@@ -318,7 +318,7 @@ def best(arms: Sequence[Arm], size: str | None = None, *, draws: int = DRAWS, se
         arms = same_candidates(*(each.take(seeds) for each in arms))
     else:
         arms = [each.take(seeds).only(size) for each in arms]
-    values = np.stack([Envelope(each, identity(each)).y[0] for each in arms])  # [rates, seeds, budgets]
+    values = [Envelope(each, identity(each)).y[0] for each in arms]  # per rate [seeds, budgets of that rate]
     picked = resample_units(len(seeds), draws, np.random.default_rng(seed))
     found = []
     for budget in budgets:
