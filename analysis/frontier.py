@@ -250,6 +250,8 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
     if len(seeds) < 2:
         return replace(answer, reason="a contrast between tokenizers needs two tokenizer seeds in both")
     a, b = same_candidates(a.take(seeds), b.take(seeds))
+    if not (a.sizes and a.budgets):
+        return replace(answer, reason="the two rates share no generator size and budget")
     envelopes = [Envelope(each, identity(each)) for each in (a, b)]
     counts = [int(np.isfinite(each.y[0]).any(0).sum()) for each in envelopes]
     own = [each.flat() for each in envelopes]
@@ -318,6 +320,8 @@ def best(arms: Sequence[Arm], size: str | None = None, *, draws: int = DRAWS, se
         arms = same_candidates(*(each.take(seeds) for each in arms))
     else:
         arms = [each.take(seeds).only(size) for each in arms]
+    if not (arms[0].sizes and arms[0].budgets):
+        return pd.DataFrame()
     values = [Envelope(each, identity(each)).y[0] for each in arms]  # per rate [seeds, budgets of that rate]
     picked = resample_units(len(seeds), draws, np.random.default_rng(seed))
     found = []

@@ -135,26 +135,36 @@ def test_features_of_an_image_do_not_depend_on_others_or_on_the_size() -> None:
 
 
 def simclr(**changed: object) -> SimCLR:
-    still = {"rotate_deg": 0, "scale": (1.0, 1.0), "shift": 0.0, "jitter": 0.0, "noise": 0.0, "flip": False}
+    still = {
+        "crop": 1.0,
+        "rotate_deg": 0,
+        "scale": (1.0, 1.0),
+        "shift": 0.0,
+        "jitter": 0.0,
+        "noise": 0.0,
+        "flip": False,
+    }
     return SimCLR(ConvEncoder(1, (8, 8), (1, 2)), **{**still, **changed})
 
 
 def test_a_view_without_augmentation_is_the_image() -> None:
-    images, draw = torch.rand(3, 1, 8, 8) * 2 - 1, torch.rand(3, 7)
+    images, draw = torch.rand(3, 1, 8, 8) * 2 - 1, torch.rand(3, 9)
     torch.testing.assert_close(simclr().view(images, draw), images, atol=1e-5, rtol=1e-5)
     draw[:, 4] = 0.1
     torch.testing.assert_close(simclr(flip=True).view(images, draw), images.flip(-1), atol=1e-5, rtol=1e-5)
     draw[:, 0] = 1.0  # a quarter turn
     turned = simclr(rotate_deg=90).view(images, draw)
     torch.testing.assert_close(turned, images.rot90(1, (2, 3)), atol=1e-4, rtol=1e-4)
+    draw[:, 6], draw[:, 7] = 0.0, 0.999  # a crop keeps pixels: the first rows, the last columns
+    torch.testing.assert_close(simclr(crop=0.75).view(images, draw), images[:, :, :6, 2:], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(simclr(jitter=0.5).view(images, draw), images, atol=0.05)
 
 
 @torch.no_grad()
 def test_nt_xent_by_hand() -> None:
     torch.manual_seed(0)
-    module = simclr(jitter=0.3)
-    batch = {"images": torch.rand(4, 1, 8, 8) * 2 - 1, "views": torch.rand(4, 2, 7)}
+    module = simclr(jitter=0.3).eval()  # batch normalisation would see each side alone below
+    batch = {"images": torch.rand(4, 1, 8, 8) * 2 - 1, "views": torch.rand(4, 2, 9)}
     found = module.loss(batch, 0)
     codes = []
     for side in (0, 1):
