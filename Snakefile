@@ -45,7 +45,7 @@ for name in RULES:
         output:
             STAMPS[name],
         handover: True
-        threads: workflow.cores
+        threads: 4096  # all that there are: more than that is scaled down
         params:
             python=sys.executable,
             study=STUDY,

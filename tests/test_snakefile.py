@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +21,7 @@ study: tiny
 data: {family: digits, views: 1, views_heldout: 1}
 tokenizer:
   family: vq
-  fields: {width: 4, attention: false}
-  axes:
-    - list: [{tokens: 4, codebook: 16}, {tokens: 16, codebook: 16}]
+  fields: {width: 4, attention: false, tokens: 16, codebook: 16}
   steps: [5, 10]
   train: {batch: 8, lr: 2.0e-3, warmup: 2}
   seeds: [0]
@@ -113,7 +110,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
     text = page.read_text()
     figures = list((finished / "results" / "tiny" / "figures").glob("*.png"))
     assert figures
-    assert text.count("data:image/png;base64") == len(figures)
+    assert text.count("data:image/png;") == len(figures)
     captions = stages.captions(finished / "results" / "tiny")
     assert captions.keys() >= {figure.stem for figure in figures}
     assert "against compute" in captions["fig1_generation"]
@@ -137,7 +134,6 @@ def test_a_dry_run_for_a_cluster_shows_every_stage_from_a_clean_home(tmp_path):
 
 
 def test_style():
-    assert shutil.which("snakefmt", path=Path(sys.executable).parent)
     formatted = subprocess.run(
         [sys.executable, "-m", "snakefmt", "--check", "Snakefile"], cwd=ROOT, capture_output=True
     )
@@ -160,7 +156,7 @@ def test_a_mistake_in_the_grid_is_one_line(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-# --- the plan at parse time --------------------------------------------------------------------------------------------
+# --- the plan at parse time ------------------------------------------------------------------------------------------
 
 
 def test_a_plan_is_made_when_there_is_none_and_when_the_grid_has_changed(tmp_path, monkeypatch):
@@ -174,7 +170,7 @@ def test_a_plan_is_made_when_there_is_none_and_when_the_grid_has_changed(tmp_pat
     assert rundir.plan_file(study).stat().st_mtime_ns == made
     gridded(tmp_path, GRID.replace("seeds: [0]", "seeds: [0, 1]"))
     stages.ensure(str(grid), str(tmp_path / "results"))
-    assert len(tables.plan(study, ["run_id"])) == 4 + 8 + 8 + 16
+    assert len(tables.plan(study, ["run_id"])) == 2 + 4 + 4 + 8
 
 
 def test_only_stages_with_runs_are_rules(tmp_path):
@@ -205,7 +201,7 @@ def test_a_plan_beyond_its_price_is_refused(tmp_path):
 
 
 def test_five_thousand_runs_are_read_in_seconds(tmp_path):
-    many = GRID.replace("seeds: [0]", f"seeds: {list(range(30))}", 1).replace("seeds: [0]", f"seeds: {list(range(30))}")
+    many = GRID.replace("seeds: [0]", f"seeds: {list(range(45))}")
     grid = gridded(tmp_path, many)
     study = stages.ensure(str(grid), str(tmp_path / "results"))
     assert len(tables.plan(study, ["run_id"])) >= 5000
