@@ -71,9 +71,10 @@ class Measurement:
 
     def add(self, metric: str, value: float, *, reason: str | None = None, **columns: Any) -> None:
         """One row; a value that is not finite is stored as null with a reason."""
+        row = {**self.shared, "metric": metric, "value": value, "reason": reason, **columns}
         if not math.isfinite(value):
-            value, reason = None, reason or "not finite"  # type: ignore[assignment]
-        self.rows.append({**self.shared, "metric": metric, "value": value, "reason": reason, **columns})
+            row |= {"value": None, "reason": "not finite", "error": None}
+        self.rows.append(row)
 
     def show(self, kind: str, pixels: Tensor, index: Tensor, labels: Tensor, guidance: float | None = None) -> None:
         """Images uint8 [B, H, W, C] for figures."""

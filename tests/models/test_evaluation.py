@@ -160,6 +160,7 @@ def test_a_lossless_tokenizer_scores_the_floor(images: DigitImages, cache: Path)
     assert named(made, "mse")["value"] == 0
     assert named(made, "ssim")["value"] == pytest.approx(1)
     assert named(made, "psnr")["value"] is None
+    assert named(made, "psnr")["error"] is None
     assert named(made, "psnr")["reason"] == "not finite"
     for name in EXTRACTORS:
         assert named(made, "fid", extractor=name, reference="heldout")["value"] == pytest.approx(0, abs=1e-9)
