@@ -179,6 +179,8 @@ class Launch:
         while True:
             began = time.monotonic()
             self.look()
+            well, running, failed = self.counts()
+            progress.show(done + well, running, failed, self.worked())
             if not self.pending:
                 return True
             if (self.signals or self.slots.flag.exists()) and not stopping:
@@ -194,8 +196,6 @@ class Launch:
                 return not self.pending
             if not stopping:
                 self.fill()
-            well, running, failed = self.counts()
-            progress.show(done + well, running, failed, self.worked())
             time.sleep(max(TICK_S, 5 * (time.monotonic() - began)))
 
 

@@ -330,7 +330,7 @@ def trained(study: Path, run_id: str, attempt: int) -> bool:
 
 @pytest.mark.timeout(600)
 def test_a_run_survives_kills_cancels_and_ctrl_c_bit_for_bit(tmp_path, tidy):
-    study = planned(tmp_path, seeds="[0]", points="[400]")
+    study = planned(tmp_path, seeds="[0]", points="[250]")
     tidy.append(study)
     (run,) = runs(study, "tokenizer")
 
@@ -363,10 +363,10 @@ def test_a_run_survives_kills_cancels_and_ctrl_c_bit_for_bit(tmp_path, tidy):
     rundir.mark(study, run, "planned")
     assert worker.work(study, run, Stop()) == "done"
     (tmp_path / "quiet").mkdir()
-    quiet = planned(tmp_path / "quiet", seeds="[0]", points="[400]")
+    quiet = planned(tmp_path / "quiet", seeds="[0]", points="[250]")
     rundir.register(quiet, json.loads(tables.plan(quiet, ["run_id", "config"], [run])[0]["config"]))
     assert worker.work(quiet, run, Stop()) == "done"
-    mine, other = (rundir.point_file(held, run, 400).parent / "point.safetensors" for held in (study, quiet))
+    mine, other = (rundir.point_file(held, run, 250).parent / "point.safetensors" for held in (study, quiet))
     assert mine.read_bytes() == other.read_bytes()
     assert not tables.verify(study)
 
