@@ -235,6 +235,25 @@ def test_the_best_rate_moves_with_compute(make_study, pair):
     assert best(arms, "3B").empty
 
 
+def test_rates_of_different_budgets_are_compared_where_they_share_them():
+    low = points()
+    frames = [points(rate="s", bits_nominal=16.0, tokenizer_seed=seed) for seed in (0, 1)]
+    high = pl.concat(frames).with_columns(pl.col(FID) / 2, pl.col("checkpoint") + pl.col("tokenizer_seed").cast(str))
+    low = pl.concat([low, low.with_columns(pl.lit(1).alias("tokenizer_seed"), pl.col("checkpoint") + "r")])
+    shared = high.filter(pl.col("flops_target") > 5e9)  # the last four of six
+    arms = [arm(low, "r", FID), arm(shared, "s", FID)]
+    for size in (None, "5k"):
+        table = best(arms, size)
+        assert tuple(table["budget"]) == arms[1].budgets
+        assert set(table["rate"]) == {"s"}
+        assert table["ratio"].tolist() == pytest.approx([2.0] * 4)
+    assert crossing(*arms).verdict == "no crossing in range"
+    apart = high.with_columns(pl.col("flops_target") * 1e3, pl.col("flops_to_point") * 1e3)
+    arms = [arm(low, "r", FID), arm(apart, "s", FID)]
+    assert best(arms).empty
+    assert "refused, the two rates share no generator size and budget" in crossing(*arms).sentence()
+
+
 def test_memorising_points_are_left_out_and_counted(digits):
     held = study.read(digits)
     past = held.points.filter("past_minimum")
