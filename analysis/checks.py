@@ -81,8 +81,8 @@ def gate(results: Results) -> tuple[Figure, Caption]:
     text = (
         "Gate of the tokenizers that generators train on, one marker per tokenizer seed. (a) Perplexity of the "
         f"codes of held-out images over codebook size; below {load.COLLAPSED:g} a tokenizer is flagged as collapsed. "
-        "(b) rFID after half and all of training, with the largest relative change of any extractor (mean over "
-        f"seeds); above {load.UNCONVERGED:.0%} of the final value a tokenizer is flagged as unconverged."
+        "(b) rFID after half and all of training, with its change as a share of the decoder's gFID floor (the largest "
+        f"of any extractor, mean over seeds); above {load.UNCONVERGED:.0%} a tokenizer is flagged as unconverged."
     )
     return figure, caption(results, "Tokenizer gate", text, main, len(codes))
 

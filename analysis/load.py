@@ -26,7 +26,7 @@ from sweep.schema import CURRENT, TABLES, VERSION
 from sweep.schema import schema as arrow_schema
 
 COLLAPSED = 0.5  # a tokenizer whose perplexity / K is below this is flagged
-UNCONVERGED = 0.10  # so is one whose rFID changed by more than this share over the last half of training
+UNCONVERGED = 0.10  # so is one whose rFID moved by more than this share of its gFID floor in the last half of training
 HALF = (0.4, 0.6)  # shares of the training length that count as its half
 
 # columns of the plan that are long texts and that no analysis reads
@@ -299,7 +299,8 @@ def tokenizers(study: str | Path) -> pl.DataFrame:
     Metrics: ``mse``, ``psnr``, ``ssim``, ``usage``, ``perplexity``, ``bits_used``, ``rfid_<extractor>`` (decoded
     held-out images against held-out images), ``floor_<extractor>`` (the same against the gFID reference),
     ``fid_data_<extractor>`` and ``fid_train_<extractor>`` (real images against that reference). Gate:
-    ``perplexity_share`` (perplexity / K), ``rfid_change`` (largest relative change over the last half of training),
+    ``perplexity_share`` (perplexity / K), ``rfid_change`` (how far rFID moved over the last half of training over the
+    floor by the same extractor, the largest of them: rFID itself may go to zero, so its own share need not settle),
     ``collapsed``, ``unconverged`` (null: not measured), ``gate`` ("ok" or the names of what is wrong).
     ``codes``: generators train on this checkpoint's codes.
     """
@@ -342,8 +343,9 @@ def _gate(frame: pl.DataFrame) -> pl.DataFrame:
         for column in measured:
             before = halves[column][0] if len(halves) else None
             earlier[f"{column}_half"].append(before)
-            if before is not None and row[column]:
-                moved.append(abs(before - row[column]) / row[column])
+            floor = row.get(column.replace("rfid_", "floor_", 1))
+            if before is not None and row[column] is not None and floor:
+                moved.append(abs(before - row[column]) / floor)
         changes.append(max(moved, default=None))
     frame = frame.with_columns(
         pl.Series("rfid_change", changes, pl.Float64), *(pl.Series(k, v, pl.Float64) for k, v in earlier.items())

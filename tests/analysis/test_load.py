@@ -139,7 +139,13 @@ def test_tokenizers_hold_their_gate(make_study, rate):
         "16x64": "ok",
     }
     row = codes.filter(pl.col("rate") == "16x8").row(0, named=True)
-    assert row["rfid_change"] == pytest.approx(0.2, abs=0.05)
+    rfid, half = row["rfid_digits_supervised"], row["rfid_digits_supervised_half"]
+    assert half / rfid == pytest.approx(1.2, abs=0.05)
+    changes = [
+        abs(row[f"rfid_{e}_half"] - row[f"rfid_{e}"]) / row[f"floor_{e}"]
+        for e in ("digits_supervised", "digits_contrastive")
+    ]
+    assert row["rfid_change"] == pytest.approx(max(changes))
     assert row["floor_digits_supervised"] > row["rfid_digits_supervised"]
     assert frame.filter(~pl.col("codes"))["unconverged"].is_null().all()
 
