@@ -328,6 +328,11 @@ class Runtime(Fields):
     log_every: int = Field(50, ge=1, description="steps between rows of the training loss")
     save_every_s: float = Field(120.0, gt=0, description="seconds between resumable checkpoints")
 
+    @property
+    def images_measured(self) -> int:
+        """Images that an evaluation, or the encoding of a code cache, has in memory at a time."""
+        return self.micro_batch or 250
+
 
 # --- families --------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import DataFields, DeadLeaves, Digits, ImageFolder, Latent
+from models.config import DeadLeaves, Digits, ImageFolder, Latent
 from models.tokenizers.vq import usage
 
 if TYPE_CHECKING:
@@ -447,21 +447,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached_rows(fields: DataFields, split: Split) -> int:
-    """Views that a code cache holds of a split."""
-    total = fields.images(split)
-    if total is not None:
-        return total * (fields.views if split == "train" else fields.views_heldout)
-    return int(getattr(fields, "cached" if split == "train" else "cached_heldout"))
-
-
 @torch.no_grad()
 def encode(
-    tokenizer: Codes, images: Images, folder: Path, *, seed: int, batch: int = 256, device: str = "cpu"
+    tokenizer: Codes, images: Images, folder: Path, *, seed: int, batch: int = 250, device: str = "cpu"
 ) -> CodeCache:
     """Encode both splits into ``folder``, decode-checked, whole or not at all; an existing folder is opened.
 
-    Raises ValueError where stored codes do not decode to what the tokenizer makes of the images.
+    ``batch`` images are encoded at a time. Raises ValueError where stored codes do not decode to what the tokenizer
+    makes of the images.
     """
     if folder.exists():
         return CodeCache(folder)
@@ -492,7 +485,7 @@ def _encode_split(
     """Write one split's files; return what there is to know about its codes."""
     size, tokens = tokenizer.latent.codebook, tokenizer.latent.tokens
     assert size is not None
-    rows = cached_rows(images.fields, split)
+    rows = images.fields.images_cached(split)
     kind = np.dtype(np.uint16 if size <= 2**16 else np.int32)
     held = np.lib.format.open_memmap(folder / f"{split}.npy", mode="w+", dtype=kind, shape=(rows, tokens))
     labels, index, prints = (np.empty(rows, kind) for kind in (np.int32, np.int64, np.int64))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models import fidelity
 from models.config import Protocol as Evaluation
-from models.data import Batch, Images, Split, cached_rows, key, quantise
+from models.data import Batch, Images, Split, key, quantise
 from models.fidelity import FeatureSet, Value
 from models.references import BATCH, Features, Reference, references
 from models.tokenizers.vq import usage
@@ -73,7 +73,7 @@ class Measurement:
         """One row; a value that is not finite is stored as null with a reason."""
         row = {**self.shared, "metric": metric, "value": value, "reason": reason, **columns}
         if not math.isfinite(value):
-            row |= {"value": None, "reason": "not finite", "error": None}
+            row |= {"value": None, "reason": f"not finite; {reason}" if reason else "not finite", "error": None}
         self.rows.append(row)
 
     def show(self, kind: str, pixels: Tensor, index: Tensor, labels: Tensor, guidance: float | None = None) -> None:
@@ -116,43 +116,45 @@ def evaluate_tokenizer(
     seed: int,
     cache: Path | None = None,
     device: str = "cpu",
+    batch: int = BATCH,
 ) -> Measurement:
     """Reconstruction of held-out images, use of the codebook, Frechet distances to both references, and data floors.
 
     Pixel metrics and distances are of the held-out reference draw (``protocol.samples`` images), the use of the
     codebook of as many held-out views as a code cache holds. ``fid_data`` and ``fid_train`` compare real images with
     the training reference: held-out ones, and a training draw of another seed. A deterministic tokenizer has nothing
-    to sample, so ``seed`` is recorded and changes nothing. ValueError as ``models.fidelity.features`` raises it.
+    to sample, so ``seed`` is recorded and changes nothing. ``batch`` images are encoded at a time. ValueError as
+    ``models.fidelity.features`` raises it.
     """
     made = Measurement({"weights": protocol.weights, "seed": seed})
-    count, views = protocol.samples, cached_rows(images.fields, "heldout")
+    count, views = protocol.samples, images.fields.images_cached("heldout")
     rebuilt, index = Features(protocol.extractors, device), []
     pixel: dict[str, list[Tensor]] = {"mse": [], "psnr": [], "ssim": []}
     codebook = tokenizer.latent.codebook
     counts = torch.zeros(codebook or 0, dtype=torch.int64)
     with _measuring(tokenizer):
-        for start in range(0, max(count, views if codebook else 0), BATCH):
-            batch = images.draw("heldout", start, BATCH, REFERENCE_SEED, device)
+        for start in range(0, max(count, views if codebook else 0), batch):
+            drawn = images.draw("heldout", start, batch, REFERENCE_SEED, device)
             with made.timed("encode"):
-                codes = tokenizer.encode(batch["images"])
+                codes = tokenizer.encode(drawn["images"])
             if codebook:
                 counts += torch.bincount(codes[: max(0, views - start)].flatten().cpu(), minlength=codebook)
-            if (kept := min(BATCH, count - start)) <= 0:
+            if (kept := min(batch, count - start)) <= 0:
                 continue
             with made.timed("decode"):
                 shown = quantise(tokenizer.decode(codes[:kept]))
             with made.timed("pixels"):
-                truth = quantise(batch["images"][:kept])
+                truth = quantise(drawn["images"][:kept])
                 a, b = (x.permute(0, 3, 1, 2) / 255 for x in (shown, truth))
                 pixel["mse"].append(fidelity.mse(a, b).cpu())
                 pixel["psnr"].append(fidelity.psnr(a, b).cpu())
                 pixel["ssim"].append(fidelity.ssim(a, b).cpu())
             with made.timed("features"):
                 rebuilt.add(shown.cpu())
-            index.append(batch["index"][:kept].cpu())
-            if start == 0:
+            index.append(drawn["index"][:kept].cpu())
+            if (left := SHOWN - start) > 0:
                 for kind, pixels in (("original", truth), ("reconstruction", shown)):
-                    made.show(kind, pixels[:SHOWN].cpu(), index[0][:SHOWN], batch["labels"][:kept][:SHOWN])
+                    made.show(kind, pixels[:left].cpu(), index[-1][:left], drawn["labels"][:kept][:left])
     groups = torch.cat(index)
     for metric, parts in pixel.items():
         value, error = mean(torch.cat(parts), groups)
@@ -221,12 +223,14 @@ def evaluate_generator(
     seed: int,
     cache: Path | None = None,
     device: str = "cpu",
+    batch: int = BATCH,
 ) -> Measurement:
     """Code lengths of both splits, sample metrics in every space, and how much of the training set comes back.
 
     Several scales in ``protocol.guidance`` are compared on ``search_samples`` samples of one random stream by the
     Frechet distance in the first space (rows ``fid_search``); the best is measured on ``samples`` of another.
     ``guidance_edge`` is 1 when it is the lowest or the highest candidate. Both streams are derived from ``seed``.
+    ``batch`` images are decoded at a time.
     """
     if protocol.neighbours >= protocol.samples:
         raise ValueError(f"neighbours: {protocol.neighbours} has to be less than samples, {protocol.samples}")
@@ -234,7 +238,7 @@ def evaluate_generator(
     with _measuring(generator, tokenizer):
         with made.timed("nll"):
             for split in ("heldout", "train"):
-                value, error, count = code_length(generator, codes, split, device)
+                value, error, count = code_length(generator, codes, split, device, batch)
                 made.add("nll_bits", value, error=error, split=split, n=count)
         with made.timed("references"):
             names, options = protocol.extractors, {"cache": cache, "device": device}
@@ -247,7 +251,7 @@ def evaluate_generator(
             "top_p": protocol.top_p,
             "labels": protocol.labels,
         }
-        sampling = _Sampling(generator, tokenizer, images.fields.labels, protocol, made, device)
+        sampling = _Sampling(generator, tokenizer, images.fields.labels, protocol, made, device, batch)
         scale, chosen_by = protocol.guidance[0], "fixed"
         if len(protocol.guidance) > 1:
             scale, chosen_by = search(sampling, train[protocol.extractors[0]]), "search"
@@ -267,15 +271,17 @@ def evaluate_generator(
     return made
 
 
-def code_length(generator: Generator, codes: Codes, split: Split, device: str) -> tuple[float, float | None, int]:
+def code_length(
+    generator: Generator, codes: Codes, split: Split, device: str, batch: int = BATCH
+) -> tuple[float, float | None, int]:
     """Bits per image, summed over positions: mean, standard error, and over how many cached sequences."""
     count = min(SEQUENCES, codes.rows(split))
     bits, index = [], []
-    for start in range(0, count, BATCH):
-        batch = codes.draw(split, start, min(BATCH, count - start), REFERENCE_SEED, device)
-        nats = generator.nll(batch["codes"], batch["labels"])
+    for start in range(0, count, batch):
+        drawn = codes.draw(split, start, min(batch, count - start), REFERENCE_SEED, device)
+        nats = generator.nll(drawn["codes"], drawn["labels"])
         bits.append(nats.double().sum(1).cpu() / math.log(2))
-        index.append(batch["index"].cpu())
+        index.append(drawn["index"].cpu())
     return *mean(torch.cat(bits), torch.cat(index)), count
 
 
@@ -296,6 +302,7 @@ class _Sampling:
     protocol: Evaluation
     made: Measurement
     device: str
+    batch: int
 
     def draw(self, count: int, scale: float, seed: int, extractors: tuple[str, ...]) -> Drawn:
         """``count`` samples at a guidance scale: a function of (generator, tokenizer, protocol, count, seed)."""
@@ -311,7 +318,7 @@ class _Sampling:
                 seed=seed,
             )
         features, pixels = Features(extractors, self.device), []
-        for part in drawn.split(BATCH):
+        for part in drawn.split(self.batch):
             with self.made.timed("decode"):
                 pixels.append(quantise(self.tokenizer.decode(part)).cpu())
             with self.made.timed("features"):

@@ -20,7 +20,6 @@ from sweep.sections import Price
 
 GIB = 2.0**30
 PROCESS_GIB = 0.6  # interpreter, torch, allocator
-EVALUATION_BATCH = 250  # images that models.evaluation decodes at once
 FEATURES = 2048  # numbers per image and extractor that stay in memory (Inception's; ours are smaller)
 WEIGHTS, GRADIENTS, MOMENTS = 4, 4, 8  # bytes per parameter: float32 weights and gradients, AdamW's two moments
 NEAR = 1.2  # a measured throughput serves models whose parameters differ by less than this factor
@@ -119,12 +118,12 @@ def memory_training(counted: Counts, recipe: Recipe, runtime: Runtime) -> float:
     return PROCESS_GIB + (counted.params_total * state + activations) / GIB
 
 
-def memory_measuring(protocol: Protocol, modules: Iterable[Counts], data: DataFields) -> float:
+def memory_measuring(protocol: Protocol, modules: Iterable[Counts], data: DataFields, runtime: Runtime) -> float:
     """GiB while measuring: weights, one batch's activations, images and features of samples and reference."""
     modules = list(modules)
     weights = sum(float(module.params_total) * WEIGHTS for module in modules)
     # without a backward pass about a tenth of the stored activations lives at once
-    activations = max(module.activations for module in modules) * EVALUATION_BATCH * 4 / 10
+    activations = max(module.activations for module in modules) * runtime.images_measured * 4 / 10
     pixels = data.channels * data.resolution**2 + 4.0 * FEATURES * len(protocol.extractors)
     return PROCESS_GIB + (weights + activations + 3.0 * protocol.samples * pixels) / GIB
 

@@ -274,7 +274,10 @@ class _Rows:
             decoder = cast(TokenizerFields, tokenizer.run.variant.fields) if tokenizer else None
             latent, data = run.variant.latent, self.grid.data
             part = cost.measuring(evaluation.protocol, run.variant.fields, decoder, counted[0], data, latent)
-            self.measuring[key] = part, cost.memory_measuring(evaluation.protocol, counted, data)
+            self.measuring[key] = (
+                part,
+                cost.memory_measuring(evaluation.protocol, counted, data, run.variant.arm.runtime),
+            )
         return self.measuring[key]
 
 

@@ -179,14 +179,18 @@ def test_pixel_metrics_by_hand(images: DigitImages, cache: Path) -> None:
 def test_values_do_not_depend_on_the_batch(
     images: DigitImages, codes: CodeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure() -> list[dict[str, Any]]:
-        made = evaluate_tokenizer(Pixels(), images, protocol("tokenizer"), seed=0)
-        return made.rows + evaluate_generator(Replay(codes), Pixels(), images, codes, protocol(), seed=0).rows
+    def measure(batch: int) -> list[dict[str, Any]]:
+        stage1 = evaluate_tokenizer(Pixels(), images, protocol("tokenizer"), seed=0, batch=batch)
+        stage2 = evaluate_generator(Replay(codes), Pixels(), images, codes, protocol(), seed=0, batch=batch)
+        assert [image["pixels"] for image in stage1.images if image["kind"] == "original"] == shown
+        return stage1.rows + stage2.rows
 
-    before = measure()
-    monkeypatch.setattr(evaluation, "BATCH", 77)
+    whole = evaluate_tokenizer(Pixels(), images, protocol("tokenizer"), seed=0)
+    shown = [image["pixels"] for image in whole.images if image["kind"] == "original"]
+    assert len(shown) == evaluation.SHOWN
+    before = measure(250)
     monkeypatch.setattr(references, "BATCH", 77)
-    for first, second in zip(before, measure(), strict=True):
+    for first, second in zip(before, measure(13), strict=True):
         assert first["metric"] == second["metric"]
         assert first.get("reference_hash") == second.get("reference_hash")
         assert first["value"] == pytest.approx(second["value"], rel=1e-4, abs=1e-7)
