@@ -7,6 +7,7 @@ arms, and the search over sizes is repeated in each.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -128,10 +129,11 @@ def arm(frame: pl.DataFrame, rate: str, metric: str, total: Sum = "generator", m
     if rows["x"].null_count():
         raise Refusal("no_compute", f"{rate}: {describe(total, models)} are not known for every point")
     sizes = rows.sort("params_core", nulls_last=True)["size"].unique(maintain_order=True).to_list()
-    axes = [
-        rows[c].unique().sort().to_list() for c in ("tokenizer_seed", "generator_seed", "budget", "evaluation_seed")
-    ]
-    seeds, generators, budgets, evaluations = axes
+    cell = ["tokenizer_seed", "generator_seed", "budget", "evaluation_seed"]
+    twice = rows.filter(rows.select(*cell, "size").is_duplicated())
+    if len(twice):
+        raise Refusal("mixed_designs", f"{rate}: generators of several designs at one size and budget, {_apart(twice)}")
+    seeds, generators, budgets, evaluations = (rows[column].unique().sort().to_list() for column in cell)
     shape = (len(seeds), len(sizes), len(generators), len(budgets), len(evaluations))
     x, y, measured = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool)
     for row in rows.iter_rows(named=True):
@@ -157,6 +159,15 @@ def arm(frame: pl.DataFrame, rate: str, metric: str, total: Sum = "generator", m
         measured=np.asarray(measured.any(-1)),
         fresh=fresh,
     )
+
+
+def _apart(rows: pl.DataFrame) -> str:
+    """What sets runs in one cell apart: the grid's axes where they are known, else their number."""
+    texts = rows["axes"].drop_nulls().unique().to_list() if "axes" in rows.columns else []
+    held = [json.loads(text) for text in texts]
+    names = sorted(set().union(*held))
+    differ = [name for name in names if len({json.dumps(axes.get(name)) for axes in held}) > 1]
+    return f"told apart by {', '.join(differ)}" if differ else f"{len(rows)} points"
 
 
 def _mean(values: Array, axis: int) -> Array:

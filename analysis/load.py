@@ -265,10 +265,21 @@ def _arms(planned: pl.DataFrame, frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(run, pl.Series("rate", rates, pl.String))
 
 
+def _settings(axes: pl.Series) -> pl.Series:
+    """What the grid swept of the generators' training, "lr=0.003" by row; "" where there is one value of everything."""
+    prefix = "generator.train."
+    held = [json.loads(text or "{}") for text in axes.to_list()]
+    names = sorted({name for row in held for name in row if name.startswith(prefix)})
+    swept = [name for name in names if len({json.dumps(row.get(name)) for row in held}) > 1]
+    texts = [" ".join(f"{name.removeprefix(prefix)}={row.get(name)}" for name in swept) for row in held]
+    return pl.Series("setting", texts, pl.String)
+
+
 def points(study: str | Path) -> pl.DataFrame:
     """One row per evaluated generator checkpoint x protocol x evaluation seed (x guidance scale).
 
-    Columns: those of the plan, ``rate`` (label of the tokenizer), ``samples`` and the protocol's settings, and one
+    Columns: those of the plan, ``rate`` (label of the tokenizer), ``setting`` (training settings that the grid swept,
+    "lr=0.003", or ""), ``samples`` and the protocol's settings, and one
     column per metric: ``fid_<extractor>`` against the gFID reference, ``fid_<extractor>_heldout``, ``nll_bits``
     (held-out, bits per image), ``nll_bits_train``, ... Parameters and the compute of earlier stages are those of
     the generator's own row, so that ``flops_upstream`` is the cost of its tokenizer and nothing else.
@@ -283,7 +294,7 @@ def points(study: str | Path) -> pl.DataFrame:
     frame = frame.with_columns(pl.coalesce("flops_to_point", "flops_measured").alias("flops_to_point")).drop(
         "flops_measured"
     )
-    frame = _arms(planned, frame)
+    frame = _arms(planned, frame).with_columns(_settings(frame["axes"]))
     encoders = planned.filter(pl.col("stage") == "tokenizer")
     # a tokenizer's row pays for every checkpoint that is encoded; a generator reads one of them
     encoders = encoders.with_columns(pl.col("flops_encode") / pl.col("encode").list.len().clip(1))

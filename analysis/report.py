@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import polars as pl
 
-from analysis import prediction, study
+from analysis import prediction, study, tuning
 from analysis.arms import Arm, named, words
 from analysis.fit import Refusal, compare
 from analysis.frontier import Crossing, Law, arms_of, best, crossings, law
@@ -211,13 +211,14 @@ def text(results: Results) -> str:
     lines += ["Each contrast at 95 %, paired by tokenizer seed, not corrected for how many there are.", ""]
     main = results.of(held.main)
     lines += _winners(results)
-    lines += ["", "## Crossings", ""]
+    told: list[Crossing] = []
     for metric in results.metrics:
         if metric != "nll_bits":
-            lines += [f"- {each.sentence()}" for each in _told(results.of(metric), everything=metric == held.main)]
+            told += _told(results.of(metric), everything=metric == held.main)
     for shared in (1, SHARED):
         arms, _ = arms_of(held, held.main, "total", shared)
-        lines += [f"- {each.sentence()}" for each in crossings(arms)[: max(len(arms) - 1, 0)]]
+        told += crossings(arms)[: max(len(arms) - 1, 0)]
+    lines += ["", "## Crossings", "", *dict.fromkeys(f"- {each.sentence()}" for each in told)]
     lines.append("- Every pair is in crossings.parquet.")
     lines += ["", "## Laws", ""]
     lines += ["Intervals are 95 %, over tokenizer seeds; in brackets, given these tokenizers.", ""]
@@ -236,6 +237,9 @@ def text(results: Results) -> str:
         lines += [
             f"- {words(metric)}, {rate}: no law, {why.sentence}" for rate, why in results.of(metric).refused.items()
         ]
+    if swept := tuning.sentences(held.sweeps, words(held.main)):
+        lines += ["", "## Training settings", "", "The best of each sweep, which alone goes into curves and fits.", ""]
+        lines += swept
     lines += ["", "## How sure", ""]
     lines += _spreads(results) + _agreement(held) + _guided(held)
     path = prediction.file(held.folder)
@@ -306,8 +310,12 @@ def _winners(results: Results) -> list[str]:
             sure = "resolved" if row["separated"] else "not resolved"
             lines.append(
                 f"- {words(metric)} at {short(row['budget'])} FLOPs: {row['rate']} ({row['value']:.3g}), "
-                f"{row['ratio']:.3g}x below {row['runner_up']}, {sure} by {row['seeds']} paired tokenizer seeds; "
-                f"chosen in {row['share']:.0%} of resamples."
+                f"{row['ratio']:.3g}x below {row['runner_up']}, "
+                + (
+                    f"{sure} by {row['seeds']} paired tokenizer seeds; chosen in {row['share']:.0%} of resamples."
+                    if row["seeds"] > 1
+                    else "by one tokenizer seed, which says nothing of the next."
+                )
             )
     return lines
 

@@ -8,20 +8,25 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis import load
+from analysis import load, tuning
 
 RISE = 0.005  # held-out code length this share above its minimum along a trunk: memorising, not noise
 
 
 @dataclass(frozen=True)
 class Study:
-    """A results folder as analysis sees it. ``points`` are those of the main unguided generator protocol."""
+    """A results folder as analysis sees it. ``points`` are those of the main unguided generator protocol.
+
+    Where a grid swept training settings, ``points`` has the best setting of each rate, size and budget; ``sweeps``
+    (``analysis.tuning``) has them all.
+    """
 
     name: str
     folder: Path
     points: pl.DataFrame  # load.points, with past_minimum and tokenizer_gate
     guided: pl.DataFrame  # the same, of protocols that searched or fixed a guidance scale
     tokenizers: pl.DataFrame  # load.tokenizers, one row per checkpoint
+    sweeps: pl.DataFrame
     extractors: tuple[str, ...]  # as in column names; the first is the main one
     planned: int  # evaluations of generators, main protocol
     left_out: dict[str, int]  # reason -> number of runs or points
@@ -129,13 +134,19 @@ def read(folder: str | Path) -> Study:
         if not points.is_empty():
             ours = ours.filter(pl.col("protocol_id") == points["protocol_id"][0])
         left_out = _left_out(folder, plan, points, len(ours))
+        extractors = _extractors(points, tokenizers)
+        sweeps = tuning.sweeps(points, f"fid_{extractors[0]}" if extractors else "fid")
+        if len(sweeps):
+            measured, points = len(points), tuning.tuned(points, sweeps)
+            left_out["not the best of its sweep"] = measured - len(points)
     return Study(
         name=folder.resolve().name,
         folder=folder,
         points=points,
-        guided=guided,
+        guided=tuning.tuned(guided, sweeps),
         tokenizers=tokenizers.unique(subset=["tokenizer"], maintain_order=True),
-        extractors=_extractors(points, tokenizers),
+        sweeps=sweeps,
+        extractors=extractors,
         planned=len(ours),
         left_out=left_out,
         damaged=tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, load.DamagedPart))),

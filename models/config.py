@@ -323,15 +323,11 @@ class Runtime(Fields):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
-    micro_batch: int | None = Field(None, ge=1, description="images per forward pass; None is the whole batch")
+    micro_batch: int | None = Field(None, ge=1, description="images per training pass; None is the whole batch")
+    measure_batch: int = Field(250, ge=1, description="images at a time where codes are made or checkpoints measured")
     compile: bool = False
     log_every: int = Field(50, ge=1, description="steps between rows of the training loss")
     save_every_s: float = Field(120.0, gt=0, description="seconds between resumable checkpoints")
-
-    @property
-    def images_measured(self) -> int:
-        """Images that an evaluation, or the encoding of a code cache, has in memory at a time."""
-        return self.micro_batch or 250
 
 
 # --- families --------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def memory_measuring(protocol: Protocol, modules: Iterable[Counts], data: DataFi
     modules = list(modules)
     weights = sum(float(module.params_total) * WEIGHTS for module in modules)
     # without a backward pass about a tenth of the stored activations lives at once
-    activations = max(module.activations for module in modules) * runtime.images_measured * 4 / 10
+    activations = max(module.activations for module in modules) * runtime.measure_batch * 4 / 10
     pixels = data.channels * data.resolution**2 + 4.0 * FEATURES * len(protocol.extractors)
     return PROCESS_GIB + (weights + activations + 3.0 * protocol.samples * pixels) / GIB
 

@@ -288,8 +288,12 @@ def _report(
         if not (status["state"] == "diverged" or status.get("diverged_upstream"))
     ]
     if failed := [run_id for run_id in bad if statuses[run_id].get("traceback")]:
-        print(f"tracebacks: status.json and logs/ in {_short(study / 'runs')}/RUN_ID; in the foreground: ", end="")
-        print(f"python -m sweep.worker {failed[0]}; once more: --retry", file=sys.stderr)
+        where = "" if study.parent == Path("results").resolve() else f" --results {_short(study)}"
+        print(
+            f"tracebacks: status.json and logs/ in {_short(study / 'runs')}/RUN_ID; in the foreground: "
+            f"python -m sweep.worker {failed[0]}{where}; once more: --retry",
+            file=sys.stderr,
+        )
     parts = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()) if state != "done")
     also = f" ({parts})" if parts else ""
     print(f"{title}: {counts['done']} of {len(rows)} runs done{also}, {seconds:.1f} s", flush=True)

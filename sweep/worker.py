@@ -125,7 +125,7 @@ def train(attempt: Attempt) -> Ended:
             return Ended("cancelled", f"asked to stop before the codes of point {point}")
         checkpoint.load_point(checkpoints.points, point, module, weights, device)
         target = codes_of(study, f"{attempt.run_id}@{point}", config)
-        batch = attempt.runtime.images_measured
+        batch = attempt.runtime.measure_batch
         cache = data.encode(module.eval(), source, target, seed=0, batch=batch, device=device)
         encoded.append(point)
         attempt.note("encoded", point=point, **cache.manifest["splits"])
@@ -142,7 +142,7 @@ def measure(attempt: Attempt) -> Ended:
     device = training.device_of(attempt.runtime)
     loaded = _loaded(study, json.dumps(_needed(study, config)), device)
     options = {"seed": config["seed"], "cache": rundir.references_folder(study), "device": device}
-    options["batch"] = attempt.runtime.images_measured
+    options["batch"] = attempt.runtime.measure_batch
     if protocol.of == "tokenizer":
         made = evaluation.evaluate_tokenizer(loaded.modules["tokenizer"], loaded.images, protocol, **options)
     elif protocol.of == "generator":

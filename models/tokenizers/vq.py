@@ -183,7 +183,7 @@ class VQTokenizer(nn.Module):
         """Images [B, C, S, S], not clamped, of code vectors [B, L, D]."""
         images = self.decoder(vectors.transpose(1, 2).unflatten(2, (self.latent.rows, self.latent.cols)))
         if self.side != self.resolution:
-            images = F.interpolate(images, (self.resolution, self.resolution), mode="bicubic", antialias=True)
+            images = F.interpolate(images.float(), (self.resolution, self.resolution), mode="bicubic", antialias=True)
         return images
 
     def codes(self, latents: Tensor, book: Tensor) -> Tensor:
