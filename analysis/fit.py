@@ -25,6 +25,7 @@ from scipy import stats
 from analysis.laws import FORMS, Array, Form
 
 ITERATIONS = 200
+MISFIT = math.log(1.2)  # means that lie further off a law (root mean square of ln y) do not follow it
 TOLERANCE = 1e-12  # relative step at which a refit has converged
 SAME = 0.02  # values of ln x this close are one design point
 COLLINEAR = 1e13  # condition number from which parameters cannot be told apart

@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from analysis.arms import (
     same_candidates,
     words,
 )
-from analysis.fit import Fit, Refusal, fit, solve
+from analysis.fit import MISFIT, Fit, Refusal, fit, solve
 from analysis.laws import FORMS, Array
 from analysis.load import StudyError
 from analysis.uncertainty import (
@@ -53,6 +53,7 @@ from analysis.uncertainty import (
 
 Verdict = Literal["crossing", "no crossing in range", "not identified", "refused"]
 GRID = 160  # compute values at which curves are compared
+MISFIT_P = 0.01  # lack of fit is told from scatter at this level
 
 
 def refit(form: str, x: Array, y: Array) -> tuple[Array, Array, float]:
@@ -98,16 +99,52 @@ class Law:
     high: Array
     by_seed: Array  # [seeds, grid]
     rows: pd.DataFrame  # the envelope: seed, budget, x, y, size, edge
+    misfit: Misfit
 
     @property
     def identified(self) -> bool:
-        """The exponent's interval is narrower than 30 % of it."""
-        return self.intervals["a"].identified("share") and "a" not in self.fit.at_bound
+        """The law fits, and the exponent's interval is narrower than 30 % of it."""
+        return self.misfit.fits and self.intervals["a"].identified("share") and "a" not in self.fit.at_bound
 
     @property
     def drawn(self) -> bool:
-        """The band is narrower than a factor of 3 throughout."""
-        return bool(np.all(self.high <= WIDE_RATIO * self.low))
+        """The law fits, and its band is narrower than a factor of 3 throughout."""
+        return self.misfit.fits and bool(np.all(self.high <= WIDE_RATIO * self.low))
+
+    def line(self) -> tuple[Array, Array]:
+        """Compute and metric of the law's mean, or where no law fits of the seeds' mean at each budget, joined."""
+        return (self.grid, self.mean) if self.misfit.fits else mean_curve(self.arm)
+
+    def at(self, flops: float) -> float:
+        """The height of ``line`` at a compute."""
+        if self.misfit.fits:
+            return float(self.fit.predict([flops])[0])
+        x, y = mean_curve(self.arm)
+        return math.exp(float(np.interp(math.log(flops), np.log(x), np.log(y))))
+
+
+class Misfit(NamedTuple):
+    """How far budget means lie off a law, and whether scatter explains it."""
+
+    rms: float  # of ln y, over budgets
+    p: float | None  # lack-of-fit F test against the scatter of seeds; null with one seed or no budget to spare
+
+    @property
+    def fits(self) -> bool:
+        return self.rms <= MISFIT or (self.p is not None and self.p >= MISFIT_P)
+
+
+def misfit(rows: pd.DataFrame, found: Fit) -> Misfit:
+    """Lack of fit of a law to an envelope (columns budget, x, y), by Fisher's split of the residual sum of squares."""
+    missed = pd.Series(np.log(rows["y"].to_numpy()) - np.log(found.predict(rows["x"].to_numpy())))
+    groups = missed.groupby(rows["budget"].to_numpy())
+    mean, count = groups.mean(), groups.size()
+    rms = math.sqrt(float((mean**2).mean()))
+    lack, scatter = float((count * mean**2).sum()), float(groups.apply(lambda r: ((r - r.mean()) ** 2).sum()).sum())
+    spare, within = len(mean) - len(found.params), len(missed) - len(mean)
+    if spare < 1 or within < 1 or scatter == 0:
+        return Misfit(rms, None)
+    return Misfit(rms, float(stats.f.sf(lack / spare / (scatter / within), spare, within)))
 
 
 def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0) -> Law:
@@ -130,7 +167,7 @@ def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0)
     enough = np.isfinite(own.y[0]).sum(1) >= needed
     if enough.any():
         by_seed[enough] = np.exp(curve(form, own.x[0][enough], own.y[0][enough], grid))
-    mean = main.predict(np.exp(grid))
+    mean, off = main.predict(np.exp(grid)), misfit(table, main)
     own_mean, reason = _mean_fit(arm, form)
     if own_mean is None:
         given = {name: Interval(v, None, None, LEVEL, "delta", 0, reason) for name, v in main.params.items()}
@@ -140,7 +177,7 @@ def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0)
     if units == 1:
         limits = main.get_prediction(np.exp(grid)).summary_frame()
         low, high = limits["mean_ci_lower"].to_numpy(), limits["mean_ci_upper"].to_numpy()
-        return Law(arm, main, power, delta(main), given, np.exp(grid), mean, low, high, by_seed, table)
+        return Law(arm, main, power, delta(main), given, np.exp(grid), mean, low, high, by_seed, table, off)
     rng = np.random.default_rng(seed)
     x, y, row = resampled(arm, resample_units(units, draws, rng), rng)
     theta, pivots, scale = refit(form, x, y)
@@ -161,7 +198,18 @@ def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0)
     half = np.where(error > 0, np.maximum(half, _given_half([own_mean], grid)), np.nan)
     with np.errstate(over="ignore"):
         low, high = mean * np.exp(-half), mean * np.exp(half)
-    return Law(arm, main, power, intervals, given, np.exp(grid), mean, low, high, by_seed, table)
+    return Law(arm, main, power, intervals, given, np.exp(grid), mean, low, high, by_seed, table, off)
+
+
+def _saturates(arm: Arm) -> bool:
+    """Whether the saturating law can be fitted to an arm and fits it."""
+    table = envelope_table(arm)
+    if table["budget"].nunique() <= len(FORMS["saturating"].parameters):
+        return False
+    try:
+        return misfit(table, fit(table["x"], table["y"], "saturating", groups=table["seed"].tolist())).fits
+    except Refusal:
+        return False
 
 
 def _mean_fit(arm: Arm, form: str) -> tuple[Fit | None, str | None]:
@@ -227,7 +275,8 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
     arms, envelope and fit repeated. The interval is the stretch around the zero of D in which |D| <= t x error
     (Student-t, seeds - 1 degrees of freedom; not narrower than the scatter about the curves allows): the compute values
     that the data do not tell from a tie.
-    ``form`` None takes the saturating law where both arms have enough budgets, monotone interpolation elsewhere.
+    ``form`` None takes the saturating law where both arms have enough budgets and it fits both (``Misfit``), monotone
+    interpolation elsewhere.
     """
     seeds = tuple(sorted(set(a.seeds) & set(b.seeds)))
     method = f"tie region of the paired difference, hierarchical bootstrap, {draws} draws, Student-t"
@@ -257,7 +306,7 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
     own = [each.flat() for each in envelopes]
     if min(counts) < 2:
         return replace(answer, reason="fewer than two budgets that both rates have measured")
-    form = form or ("saturating" if min(counts) > len(FORMS["saturating"].parameters) else "monotone")
+    form = form or ("saturating" if all(_saturates(each) for each in (a, b)) else "monotone")
     low, high = (f(g(x[np.isfinite(x)]) for x, _ in own) for f, g in ((max, np.min), (min, np.max)))
     if not low < high:
         return replace(answer, reason="the two rates share no range of compute")

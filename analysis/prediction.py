@@ -4,8 +4,10 @@
 
 Per rate and metric: the mean curve of the tokenizer seeds below the largest budget is fitted (saturating law from four
 budgets on, pure power law with three) and extrapolated, with a Student-t interval for a new observation of that mean.
+Where that law misses the means by more than 20 %, a power law through the last three budgets is extrapolated instead.
 It speaks of these tokenizers, which the outcome shares, and not of others of the same rate. What means miss their laws
-by (noise, and what the law gets wrong) is pooled over the rates: one curve of four budgets has one degree of freedom.
+by (noise, and what the law gets wrong) is pooled over the rates that were treated alike: one curve of four budgets has
+one degree of freedom.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from scipy import stats
 
 from analysis import load, study
 from analysis.arms import Arm, arm, envelope_table, mean_curve
-from analysis.fit import Fit, Refusal, fit
+from analysis.fit import MISFIT, Fit, Refusal, fit
 from analysis.laws import FORMS
 from analysis.uncertainty import LEVEL
+
+LAST = 3  # budgets of a local power law
 
 COLUMNS: dict[str, Any] = {
     "study": pl.String,
@@ -80,17 +84,22 @@ def predict(held: study.Study) -> pl.DataFrame:
             except Refusal as refusal:
                 row["refused"] = str(refusal)
             rows.append(row)
-        sigma, dof = _pooled(list(fits.values()))
         for row in rows:
-            if row["metric"] == metric and row["rate"] in fits:
-                row |= _extrapolate(fits[row["rate"]], largest, sigma, dof)
+            if row["metric"] == metric and (found := fits.get(row["rate"])):
+                alike = [each for each in fits.values() if each.selection == found.selection]
+                row |= _extrapolate(found, largest, *_pooled(alike), len(alike))
     return pl.DataFrame(rows, schema=COLUMNS)
 
 
 def _law(curve: Arm) -> Fit:
     x, y = mean_curve(curve)
     form = "saturating" if len(x) > len(FORMS["saturating"].parameters) else "power"
-    return fit(x, y, form, selection=f"{curve.rate}: mean of the tokenizer seeds, budgets below the predicted one")
+    found = fit(x, y, form, selection="mean of the tokenizer seeds, budgets below the predicted one")
+    if len(x) > LAST and math.sqrt(found.objective / found.n) > MISFIT:
+        found = fit(
+            x[-LAST:], y[-LAST:], "power", selection=f"mean of the tokenizer seeds, the {LAST} budgets before it"
+        )
+    return found
 
 
 def _pooled(fits: list[Fit]) -> tuple[float, int]:
@@ -99,7 +108,7 @@ def _pooled(fits: list[Fit]) -> tuple[float, int]:
     return (math.sqrt(sum(each.objective for each in fits) / dof) if dof > 0 else math.nan), dof
 
 
-def _extrapolate(found: Fit, largest: float, sigma: float, dof: int) -> dict[str, Any]:
+def _extrapolate(found: Fit, largest: float, sigma: float, dof: int, rates: int) -> dict[str, Any]:
     line = found.get_prediction([largest])
     predicted = float(line.mean[0])
     # the fit's own errors are in units of its own sigma
@@ -112,8 +121,8 @@ def _extrapolate(found: Fit, largest: float, sigma: float, dof: int) -> dict[str
         "high": predicted * math.exp(min(half, 300.0)) if known else None,
         "level": LEVEL,
         "form": found.form,
-        "method": f"{found.formula}, {found.estimator}; new observation of the seed mean, delta, Student-t with {dof} "
-        "degrees of freedom from all rates",
+        "method": f"{found.formula}, {found.estimator}, {found.selection}; new observation of the seed mean, delta, "
+        f"Student-t with {dof} degrees of freedom from {rates} rate{'s' if rates > 1 else ''}",
         "budgets": found.n,
     }
 

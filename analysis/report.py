@@ -40,7 +40,7 @@ class Curves:
                 continue
             at = each.flops.estimate
             heights = {
-                rate: float(held.fit.predict([at])[0])
+                rate: held.at(at)
                 for rate, held in self.laws.items()
                 if held.grid[0] <= at * 1.01 and at <= held.grid[-1] * 1.01
             }
@@ -128,6 +128,7 @@ def _law_rows(held: study.Study, made: Curves) -> list[dict[str, Any]]:
         row |= {"seeds": len(arm.seeds), "budgets": len(arm.budgets)}
         found = made.laws[arm.rate]
         row |= {"form": found.fit.form, "formula": found.fit.formula, "identified": found.identified}
+        row |= {"fits": found.misfit.fits, "misfit": found.misfit.rms, "misfit_p": found.misfit.p}
         for name, interval in found.intervals.items():
             given = found.given[name]
             row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -225,6 +226,8 @@ def text(results: Results) -> str:
     for metric in results.metrics:
         for rate, found in results.of(metric).laws.items():
             sure = "" if found.identified else "; **exponent not identified**"
+            if not found.misfit.fits:
+                sure = f"; **the law does not fit**: budget means lie {math.exp(found.misfit.rms):.2g}x off it"
             bound = f"; {', '.join(found.fit.at_bound)} at its bound" if found.fit.at_bound else ""
             limit = floor(held, rate, metric)
             asymptote = found.fit.params.get("E")

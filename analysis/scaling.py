@@ -83,15 +83,18 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
             )
         law = curves.laws.get(rate)
         if law is not None:
-            axes.plot(law.grid, law.mean, color=colour, linestyle="-" if law.identified else (0, (4, 1.6)), zorder=4)
+            style: Any = "-" if law.identified else (0, (4, 1.6)) if law.misfit.fits else (0, (1, 0.6, 4, 0.6))
+            line = law.line()
+            axes.plot(*line, color=colour, linestyle=style, linewidth=None if law.misfit.fits else 1.0, zorder=4)
             if law.drawn:
                 axes.fill_between(law.grid, law.low, law.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
                 for edge in (law.low, law.high):
                     axes.plot(law.grid, edge, color=colour, linewidth=0.5, alpha=0.5, zorder=1)
-            elif len(law.by_seed) > 1:
+            elif law.misfit.fits and len(law.by_seed) > 1:
                 for curve in law.by_seed:
                     axes.plot(law.grid, curve, color=colour, linewidth=0.6, alpha=0.8, zorder=3)
-            ends.append((float(law.mean[-1]), bits(held, rate) + ("" if law.identified else "\u2009*"), colour))
+            mark = "" if law.identified else "\u2009*" if law.misfit.fits else "\u2009\u2020"
+            ends.append((float(line[1][-1]), bits(held, rate) + mark, colour))
         else:
             last = rows.sort("flops_to_point")[-1]
             ends.append((float(last[metric][0]), bits(held, rate), colour))
@@ -103,7 +106,7 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
     log_axis(axes, "y", lowest, highest)
     for each in curves.frontier:
         if each.verdict == "crossing" and each.flops is not None and each.flops.low and each.flops.high:
-            height = float(curves.laws[each.first].fit.predict([each.flops.estimate])[0])
+            height = curves.laws[each.first].at(each.flops.estimate)
             spread = [[each.flops.estimate - each.flops.low], [each.flops.high - each.flops.estimate]]
             axes.errorbar(
                 each.flops.estimate,
@@ -151,6 +154,8 @@ def generation(results: Results, extractor: str) -> tuple[Figure, Caption]:
         Line2D([], [], color=GREY, label="law"),
         Line2D([], [], color=GREY, linestyle="--", label="*not identified"),
     ]
+    if any(not law.misfit.fits for curves, _ in panels for law in curves.laws.values()):
+        lines.append(Line2D([], [], color=GREY, linestyle="-.", linewidth=1.0, label="\u2020no law fits, means joined"))
     if report.floor(held, study.arms(points)[0], metric) is not None:
         lines.append(Line2D([], [], color=GREY, linestyle=":", label="decoder floor"))
     if points["past_minimum"].any():
@@ -165,10 +170,12 @@ def generation(results: Results, extractor: str) -> tuple[Figure, Caption]:
         f"images{' (a) and held-out code length (b)' * with_bits} against generator training compute, by tokenizer "
         "rate. Marker shape: generator size (rates are shifted sideways by a few per cent); strong markers lie on "
         "the lower envelope over sizes of their tokenizer seed, to which y = E + A C^-a is fitted (log residuals). "
-        "Bands: 95 % over tokenizer seeds, drawn where they are narrower than a factor of 3 throughout; otherwise "
-        "thin lines show the seeds. Dashed: exponent not identified (interval wider than 30 % of it). Dotted: "
-        "Frechet distance of decoded held-out images, what a perfect generator would score. Black diamonds: "
-        "identified crossings of the best two rates. Code length is no quality across rates: a coarser code always "
+        "Bands: 95 % over tokenizer seeds, drawn where they are narrower than a factor of 3 throughout; otherwise thin "
+        "lines show the seeds. Dashed: exponent not identified (interval wider than 30 % of it). With a dagger: budget "
+        "means lie more than 20 % off the law and further than seeds scatter (F test, p < 0.01); they are joined. "
+        "Dotted: Frechet distance of decoded held-out images, what a perfect generator of unseen images would score "
+        "(one that reproduces training images can come below it). Black diamonds: identified crossings of the best two "
+        "rates. Code length is no quality across rates: a coarser code always "
         f"costs fewer bits. {' '.join(meet)}"
     )
     return figure, caption(results, "Sample quality and code length against compute", text, extractor, len(points))

@@ -294,3 +294,36 @@ def test_arms_of_a_study_report_refusals(digits):
     arms, refused = arms_of(replace(held, points=held.points.with_columns(collapsed)), "nll_bits")
     assert [each.rate for each in arms] == ["16x64", "16x256"]
     assert refused["4x64"].code == "non_positive"
+
+
+def bent(folder):
+    """The largest rate's gFID stands still up to 3e10 FLOPs and then falls: no power law."""
+    path = folder / "compact" / "curves.parquet"
+    curves = pl.read_parquet(path)
+    plan = pl.read_parquet(folder / "plan.parquet").filter(pl.col("stage") == "evaluation", pl.col("tokens") == 16)
+    early = pl.col("run_id").is_in(plan["run_id"].to_list()) & (pl.col("metric") == "fid") & (pl.col("flops") < 5e10)
+    still = pl.when(early).then(pl.col("value") ** 0.05 * 40).otherwise(pl.col("value"))
+    curves.with_columns(still.alias("value")).write_parquet(path)
+    return folder
+
+
+def test_a_law_that_misses_the_points_is_said_so_and_not_drawn(make_study, pair):
+    _, arms = read(bent(make_study(rates=pair, seeds=(0, 1, 2), tokenizer_sd=0.02, noise_sd=0.005)))
+    straight, knee = law(arms[0]), law(arms[1])
+    assert straight.misfit.fits
+    assert straight.line()[0] is straight.grid
+    assert knee.misfit.rms > math.log(1.2)
+    assert knee.misfit.p < 0.01
+    assert not knee.identified
+    assert not knee.drawn
+    x, y = knee.line()
+    assert len(x) == len(arms[1].budgets)
+    assert knee.at(x[2]) == pytest.approx(y[2])
+    # a contrast does not lean on a law that one side does not follow
+    assert crossing(*arms).form == "monotone"
+    assert crossing(arms[0], arms[0]).form == "saturating"
+
+
+def test_lack_of_fit_is_told_from_scatter(make_study, pair):
+    _, arms = read(make_study(rates=pair, seeds=(0, 1, 2), tokenizer_sd=0.6, generator_sd=0.3, noise_sd=0.3))
+    assert all(law(each).misfit.fits for each in arms)

@@ -42,6 +42,18 @@ def test_the_outcome_is_not_used(make_study, capsys):
     assert "before its outcome was known" in capsys.readouterr().err
 
 
+def test_a_curve_that_no_law_fits_is_extrapolated_from_its_end(make_study):
+    folder = make_study(seeds=(0, 1, 2), tokenizer_sd=0.01, noise_sd=0.002, generator_sd=0.0)
+    path = folder / "compact" / "curves.parquet"
+    curves = pl.read_parquet(path)
+    knee = (pl.col("metric") == "fid") & pl.col("flops").is_between(1, 8e9)  # as bad as at ten times the compute
+    curves.with_columns(pl.when(knee).then(pl.col("value") / 3).otherwise(pl.col("value"))).write_parquet(path)
+    frame = prediction.predict(study.read(folder)).filter(pl.col("metric") != "nll_bits")
+    assert set(frame["form"]) == {"power"}
+    assert set(frame["budgets"]) == {3}
+    assert frame["method"].str.contains("the 3 budgets before it").all()
+
+
 def test_three_budgets_are_needed(make_study):
     folder = make_study(budgets=(1e10, 3e10, 1e11), sizes={"5k": 5000})
     with pytest.raises(load.StudyError, match="three budgets"):
