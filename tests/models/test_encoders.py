@@ -54,6 +54,7 @@ def test_distance_rises_with_damage(data: str, objective: str, drawn: dict[str, 
         rising = [distance["heldout"], *(value for kind, value in distance.items() if kind.startswith(damage))]
         assert len(rising) == 4
         assert rising == sorted(rising), (damage, distance)
+        # the floor of 200 images is high, and shape and palette survive a blur at 64 px (supervised, 800 images: 3.6x)
         assert rising[-1] > (2 if data.endswith("64") else 5) * rising[0], (damage, distance)
 
 
