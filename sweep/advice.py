@@ -43,9 +43,10 @@ def identifiability(grid: Grid, runs: dict[str, Run]) -> list[str]:
 def _collinear(generators: Iterable[Run]) -> list[str]:
     """Tokenizers on which model size and training length cannot be told apart."""
     points: dict[str, set[tuple[float, float]]] = {}
-    steps: dict[tuple[int, int], set[int]] = {}  # seeds of a setting ask for the same
+    steps: dict[tuple[int, ...], set[int]] = {}  # seeds of a setting ask for the same
     for run in generators:
-        known = steps.setdefault((id(run.variant), id(run.upstream)), set())
+        setting = id(run.variant), *(id(point.run.variant) for point in run.upstream.values())
+        known = steps.setdefault(setting, set())
         if not run.points.keys() <= known:
             known |= run.points.keys()
             built = " + ".join(point.run.variant.named for point in run.upstream.values())
