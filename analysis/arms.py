@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 
 from analysis.fit import Refusal
 from analysis.laws import Array
+from analysis.load import differing
 
 Sum = Literal["generator", "total", "inference"]
+# the target, or the compute of a point that was planned by its steps
+BUDGET = pl.coalesce("flops_target", pl.col("flops_to_point").round_sig_figs(3))
 ARRAYS = ("x", "select", "report", "measured")
 
 
@@ -120,7 +123,7 @@ def arm(frame: pl.DataFrame, rate: str, metric: str, total: Sum = "generator", m
         raise Refusal("non_positive", f"{rate}: {metric} has to be positive for a power law")
     rows = rows.with_columns(
         compute(rows, total, models).alias("x"),
-        pl.coalesce("flops_target", pl.col("flops_to_point").round_sig_figs(3)).alias("budget"),
+        BUDGET.alias("budget"),
         pl.coalesce("generator_size", pl.col("params_core").cast(pl.String)).alias("size"),
         pl.col("tokenizer_seed").fill_null(0),
         pl.col("generator_seed").fill_null(0),
@@ -164,9 +167,7 @@ def arm(frame: pl.DataFrame, rate: str, metric: str, total: Sum = "generator", m
 def _apart(rows: pl.DataFrame) -> str:
     """What sets runs in one cell apart: the grid's axes where they are known, else their number."""
     texts = rows["axes"].drop_nulls().unique().to_list() if "axes" in rows.columns else []
-    held = [json.loads(text) for text in texts]
-    names = sorted(set().union(*held))
-    differ = [name for name in names if len({json.dumps(axes.get(name)) for axes in held}) > 1]
+    differ = differing([json.loads(text) for text in texts])
     return f"told apart by {', '.join(differ)}" if differ else f"{len(rows)} points"
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -225,6 +225,12 @@ def _evaluations(study: str | Path, of: Literal["tokenizer", "generator"]) -> pl
     return planned.join(wide, on="run_id", how="inner", maintain_order="left")
 
 
+def differing(held: Sequence[dict[str, Any]]) -> list[str]:
+    """Names, sorted, that have not one value in all of several settings; an absent one is null."""
+    names = sorted(set().union(*held))
+    return [name for name in names if len({json.dumps(each.get(name), sort_keys=True) for each in held}) > 1]
+
+
 def _labels(planned: pl.DataFrame) -> dict[str, str]:
     """What figures call each tokenizer checkpoint without its seed: "16x64", longer where that is ambiguous.
 
@@ -247,9 +253,8 @@ def _labels(planned: pl.DataFrame) -> dict[str, str]:
         parts = [base(row)]
         if len({other["family"] for other in same}) > 1:
             parts.append(str(row["family"]))
-        for name in sorted(set().union(*(other["fields"] for other in same))):
-            if len({json.dumps(other["fields"].get(name), sort_keys=True) for other in same}) > 1:
-                parts.append(f"{name}={row['fields'].get(name)}")
+        for name in differing([other["fields"] for other in same]):
+            parts.append(f"{name}={row['fields'].get(name)}")
         several = len({step for other in same for step in other["coded"]}) > 1
         for step in {*(row["points"] or []), *row["coded"]}:
             steps = [f"{step} steps"] if several and step in row["coded"] else []
@@ -269,8 +274,7 @@ def _settings(axes: pl.Series) -> pl.Series:
     """What the grid swept of the generators' training, "lr=0.003" by row; "" where there is one value of everything."""
     prefix = "generator.train."
     held = [json.loads(text or "{}") for text in axes.to_list()]
-    names = sorted({name for row in held for name in row if name.startswith(prefix)})
-    swept = [name for name in names if len({json.dumps(row.get(name)) for row in held}) > 1]
+    swept = [name for name in differing(held) if name.startswith(prefix)]
     texts = [" ".join(f"{name.removeprefix(prefix)}={row.get(name)}" for name in swept) for row in held]
     return pl.Series("setting", texts, pl.String)
 

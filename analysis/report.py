@@ -310,15 +310,13 @@ def _winners(results: Results) -> list[str]:
     for metric in table["metric"].unique():
         chosen = table[(table["metric"] == metric) & table["size"].isna()]
         for row in chosen.to_dict("records"):
-            sure = "resolved" if row["separated"] else "not resolved"
+            sure = "by one tokenizer seed, which says nothing of the next"
+            if row["seeds"] > 1:
+                resolved = "resolved" if row["separated"] else "not resolved"
+                sure = f"{resolved} by {row['seeds']} paired tokenizer seeds; chosen in {row['share']:.0%} of resamples"
             lines.append(
                 f"- {words(metric)} at {short(row['budget'])} FLOPs: {row['rate']} ({row['value']:.3g}), "
-                f"{row['ratio']:.3g}x below {row['runner_up']}, "
-                + (
-                    f"{sure} by {row['seeds']} paired tokenizer seeds; chosen in {row['share']:.0%} of resamples."
-                    if row["seeds"] > 1
-                    else "by one tokenizer seed, which says nothing of the next."
-                )
+                f"{row['ratio']:.3g}x below {row['runner_up']}, {sure}."
             )
     return lines
 

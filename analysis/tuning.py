@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from analysis.arms import BUDGET
 from analysis.uncertainty import short
 
 CELL = ("rate", "generator_size", "budget")
@@ -21,7 +22,7 @@ def sweeps(points: pl.DataFrame, metric: str) -> pl.DataFrame:
     """
     if metric not in points.columns:
         points = points.with_columns(pl.lit(None, pl.Float64).alias(metric))
-    known = _budgets(points).filter(pl.col("setting") != "", pl.col(metric) > 0)
+    known = points.with_columns(BUDGET.alias("budget")).filter(pl.col("setting") != "", pl.col(metric) > 0)
     value, runs = pl.col(metric).log().mean().exp().alias("value"), pl.len().alias("runs")
     table = known.group_by(*CELL, "setting").agg(value, runs)
     fewer = pl.col("runs") < pl.col("runs").max().over(CELL)
@@ -41,12 +42,8 @@ def tuned(points: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
         return points
     lost = table.filter(~pl.col("best")).select(*CELL, "setting")
     on = [*CELL, "setting"]
-    return _budgets(points).join(lost, on=on, how="anti", nulls_equal=True, maintain_order="left").drop("budget")
-
-
-def _budgets(points: pl.DataFrame) -> pl.DataFrame:
-    """Adds ``budget``: the target, or the compute of a point that was planned by its steps."""
-    return points.with_columns(pl.coalesce("flops_target", pl.col("flops_to_point").round_sig_figs(3)).alias("budget"))
+    known = points.with_columns(BUDGET.alias("budget"))
+    return known.join(lost, on=on, how="anti", nulls_equal=True, maintain_order="left").drop("budget")
 
 
 def _values(setting: str) -> dict[str, str]:
