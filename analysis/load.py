@@ -298,6 +298,8 @@ def points(study: str | Path) -> pl.DataFrame:
     frame = frame.with_columns(pl.coalesce("flops_to_point", "flops_measured").alias("flops_to_point")).drop(
         "flops_measured"
     )
+    # a grid without a ladder of sizes has generators of no named size: their parameters name it
+    frame = frame.with_columns(pl.coalesce("generator_size", pl.col("params_core").cast(pl.String)))
     frame = _arms(planned, frame).with_columns(_settings(frame["axes"]))
     encoders = planned.filter(pl.col("stage") == "tokenizer")
     # a tokenizer's row pays for every checkpoint that is encoded; a generator reads one of them
@@ -316,8 +318,8 @@ def tokenizers(study: str | Path) -> pl.DataFrame:
     ``fid_data_<extractor>`` and ``fid_train_<extractor>`` (real images against that reference). Gate:
     ``perplexity_share`` (perplexity / K), ``rfid_change`` (how far rFID moved over the last half of training over the
     floor by the same extractor, the largest of them: rFID itself may go to zero, so its own share need not settle),
-    ``collapsed``, ``unconverged`` (null: not measured), ``gate`` ("ok" or the names of what is wrong).
-    ``codes``: generators train on this checkpoint's codes.
+    ``collapsed``, ``unconverged`` (null: not measured), ``gate`` ("ok", or the names of what is wrong
+    and of what was not measured). ``codes``: generators train on this checkpoint's codes.
     """
     planned = plan(study)
     frame = _evaluations(study, "tokenizer").drop("flops_measured")
@@ -372,9 +374,13 @@ def _gate(frame: pl.DataFrame) -> pl.DataFrame:
         (pl.col("perplexity_share") < COLLAPSED).alias("collapsed"),
         (pl.col("rfid_change") > UNCONVERGED).alias("unconverged"),
     )
+    # a latent without a codebook has no codes to use, so nothing was left unmeasured there
+    unused = pl.col("collapsed").is_null() & pl.col("codebook").is_not_null()
     wrong = pl.concat_str(
         pl.when("collapsed").then(pl.lit("collapsed")),
         pl.when("unconverged").then(pl.lit("unconverged")),
+        pl.when(unused).then(pl.lit("codebook use not measured")),
+        pl.when(pl.col("unconverged").is_null()).then(pl.lit("convergence not measured")),
         separator=", ",
         ignore_nulls=True,
     )
