@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -64,8 +65,8 @@ class Stage:
         return self
 
 
-def bill(rows: pa.Table, states: dict[str, dict[str, Any]]) -> dict[str, Stage]:
-    """The sums by stage; ``states`` holds the recorded status of runs that have one."""
+def bill(rows: pa.Table, study: Path, states: dict[str, dict[str, Any]]) -> dict[str, Stage]:
+    """The sums by stage; ``states`` holds the recorded status of runs of ``study`` that have one."""
     names = [
         "params_core",
         "params_total",
@@ -85,7 +86,7 @@ def bill(rows: pa.Table, states: dict[str, dict[str, Any]]) -> dict[str, Stage]:
     known = rows.filter(_among(rows["run_id"], list(states)))
     for row in known.select(["run_id", "stage", "points", "encode", "gpu_h_low", "gpu_h_high"]).to_pylist():
         status, stage = states[row["run_id"]], stages[row["stage"]]
-        if rundir.finished(status, row["points"] or [], row["encode"] or []):
+        if rundir.finished(study, status, row["points"] or [], row["encode"] or []):
             low, high = stage.hours_left
             stage.hours_left = max(low - row["gpu_h_low"], 0.0), max(high - row["gpu_h_high"], 0.0)
             stage.done += status["state"] == "done"

@@ -29,6 +29,7 @@ from sweep import advice, arrow, cost, identity, rundir
 from sweep.bill import Stage, bill, show
 from sweep.design import Design, design
 from sweep.document import GridError, naming
+from sweep.given import given
 from sweep.grid import Grid, load
 from sweep.rows import Row, rows
 from sweep.schema import VERSION, schema
@@ -85,7 +86,7 @@ def plan(grid: Grid, results: str | Path = "results") -> Plan:
         throughput, unread = cost.measured(study)
         priced = rows(grid, planned, cost.Rates(grid.price, throughput))
         table = pa.Table.from_batches(_batches(priced), schema("plan"))
-    stages = bill(table, _states(study))
+    stages = bill(table, study, _states(study))
     result = Plan(grid, study, table, stages, planned.removed)
     result.warnings += advice.identifiability(grid, planned.runs) + advice.missing(grid) + _limits(result, planned)
     result.warnings += [f"{part}: not read; its throughput is left out of the price." for part in unread]
@@ -150,22 +151,24 @@ def write(result: Plan) -> bool:
         use_dictionary=repetitive,
         row_group_size=16 * BATCH,
     )
-    made, digest = sink.getvalue().to_pybytes(), hashlib.sha256(text).hexdigest()
-    held = _read(rundir.plan_file(study))
-    if held == made and _lock(study).get("grid_sha256") == digest:
+    made, held, before = sink.getvalue().to_pybytes(), _read(rundir.plan_file(study)), _lock(study)
+    names = {name for evaluation in result.grid.evaluations for name in evaluation.protocol.extractors}
+    weights = [file for name in names if (file := advice.weights_file(name)) is not None]
+    stands_for = {"grid_sha256": hashlib.sha256(text).hexdigest(), "given": given(text.decode(), weights)}
+    if held == made and before.items() >= stands_for.items():
         return False
     source = rundir.provenance()
     lock = {
         "version": VERSION,
-        "grid_sha256": digest,
+        **stands_for,
         "commit": source["commit"],
         "versions": source["versions"],
         "created": rundir.now(),
     }
     rundir.atomic_write(study, study / "grid.yaml", text)
-    rundir.atomic_write(study, rundir.lock_file(study), lock)
     if held != made:
         rundir.atomic_write(study, rundir.plan_file(study), made)
+    rundir.atomic_write(study, rundir.lock_file(study), lock)  # last: it vouches for the others
     return True
 
 
@@ -219,10 +222,13 @@ def _find(grid: Grid, prefixes: list[str]) -> list[Row]:
     return [found[prefix][0] for prefix in prefixes]
 
 
-def _positive(text: str) -> float:
-    value = float(text)
+def _hours(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value > 0:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: a number of hours above 0")
     return value
 
 
@@ -255,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("grid", metavar="GRID", help="a grid file")
     parser.add_argument("--results", default="results", metavar="DIR", help="where studies lie (default: results)")
     parser.add_argument("--json", action="store_true", help="print figures for programs")
-    parser.add_argument("--max-gpu-hours", type=_positive, metavar="H", help="refuse a plan that may need more")
+    parser.add_argument("--max-gpu-hours", type=_hours, metavar="H", help="refuse a plan that may need more")
     parser.add_argument("--explain", metavar="RUN_ID", help="what a run is; the start of its id will do")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what sets two runs apart")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")

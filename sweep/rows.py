@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 from models.config import Protocol, TokenizerFields, steps_paid
@@ -14,6 +11,7 @@ from sweep import cost, identity
 from sweep.advice import weights_file
 from sweep.design import LIMIT, Checkpoint, Design, Run
 from sweep.document import GridError
+from sweep.given import file_hash
 from sweep.grid import Evaluation, Grid
 from sweep.identity import assemble, canonical
 from sweep.schema import PLAN
@@ -334,15 +332,4 @@ def _pathless(extractor: str) -> str:
 def weights_hash(extractor: str) -> str | None:
     """12 hex digits of the SHA-256 of an extractor's weights file; None where there is no file to look at."""
     file = weights_file(extractor)
-    if file is None:
-        return None
-    try:
-        record = json.loads(file.with_suffix(".json").read_text())
-        return str(record["sha256"])[:12]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        with Path(file).open("rb") as held:
-            return hashlib.file_digest(held, "sha256").hexdigest()[:12]
-    except OSError:
-        return None
+    return None if file is None else file_hash(file)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from sweep import rundir, tables
+from sweep import given, rundir, tables
 
 
 class Stage(NamedTuple):
@@ -32,7 +33,10 @@ RULES: dict[str, Stage] = {
 
 
 def ensure(grid: str, results: str) -> Path:
-    """The study of a grid file, planned if there is no plan of this very file; ValueError in one line."""
+    """The study of a grid file, planned if there is no plan of it as it is now; ValueError in one line.
+
+    What the plan warns of is printed once, when it is made.
+    """
     try:
         text = Path(grid).read_bytes()
     except OSError as error:
@@ -44,7 +48,9 @@ def ensure(grid: str, results: str) -> Path:
     planned = plan.plan(plan.load(grid), results)
     if refusal := planned.refusal():
         raise ValueError(refusal)
-    plan.write(planned)
+    if plan.write(planned):
+        for warning in planned.warnings:
+            print(f"{grid}: {warning}", file=sys.stderr)
     return planned.study
 
 
@@ -62,6 +68,7 @@ def _planned(study: Path, text: bytes) -> bool:
     try:
         lock = json.loads(rundir.lock_file(study).read_text())
         same = lock["grid_sha256"] == hashlib.sha256(text).hexdigest() and lock["version"] == tables.VERSION
+        same = same and given.same(lock.get("given"), text.decode())
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(same) and rundir.plan_file(study).is_file()

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sweep import plan, rundir, stages, tables
+from sweep import identity, plan, rundir, stages, tables
 
 ROOT = Path(stages.__file__).parents[1]
 GRID = """
@@ -169,6 +170,54 @@ def test_a_plan_is_made_when_there_is_none_and_when_the_grid_has_changed(tmp_pat
         assert stages.ensure(str(grid), str(tmp_path / "results")) == study
     assert rundir.plan_file(study).stat().st_mtime_ns == made
     gridded(tmp_path, GRID.replace("seeds: [0]", "seeds: [0, 1]"))
+    stages.ensure(str(grid), str(tmp_path / "results"))
+    assert len(tables.plan(study, ["run_id"])) == 2 + 4 + 4 + 4
+
+
+def test_a_plan_is_made_again_when_what_it_depends_on_has_changed(tmp_path, monkeypatch, capsys):
+    folder = "{family: image_folder, name: pets, root: $PETS/all, size: 16, classes: 2, count: 9, count_heldout: 9}"
+    text = GRID.replace("{family: digits, views: 1, views_heldout: 1}", folder)
+    weights = tmp_path / "inception.pth"
+    grid = gridded(tmp_path, text.replace("[digits-supervised]", f"['inception-v3-compat:{weights}']"))
+
+    def plan_of() -> list[dict[str, Any]]:
+        return tables.plan(stages.ensure(str(grid), str(tmp_path / "results")), ["run_id", "stage", "config"])
+
+    def root() -> str:
+        return str(json.loads(plan_of()[0]["config"])["data"]["root"])
+
+    monkeypatch.delenv("PETS", raising=False)
+    assert root() == "$PETS/all"
+    assert f"{grid}: data.root: the folder $PETS/all is not here" in capsys.readouterr().err
+    assert plan_of()
+    assert not capsys.readouterr().err  # said once
+    monkeypatch.setenv("PETS", str(tmp_path))
+    assert root() == f"{tmp_path}/all"
+    before = {row["run_id"] for row in plan_of()}
+    weights.write_bytes(b"other weights")
+    assert {row["run_id"] for row in plan_of()} != before
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "plan", None)
+        plan_of()
+    monkeypatch.setitem(identity.VERSIONS, "tokenizer", 2)
+    assert not {row["run_id"] for row in plan_of()} & before
+
+
+def test_a_plan_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
+    grid = gridded(tmp_path)
+    study = stages.ensure(str(grid), str(tmp_path / "results"))
+    gridded(tmp_path, GRID.replace("seeds: [0]", "seeds: [0, 1]"))
+    written = rundir.atomic_write
+
+    def killed(folder: Path, path: Path, content: Any) -> None:
+        if path == rundir.plan_file(study):
+            raise KeyboardInterrupt
+        written(folder, path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "atomic_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stages.ensure(str(grid), str(tmp_path / "results"))
     stages.ensure(str(grid), str(tmp_path / "results"))
     assert len(tables.plan(study, ["run_id"])) == 2 + 4 + 4 + 4
 
