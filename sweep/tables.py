@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -107,12 +108,14 @@ def _bits(flags: Iterable[bool]) -> pa.Buffer:
 
 def write(study: Path, path: Path, *rows: pa.Table, **meta: str) -> None:
     """Write one Parquet file through staging; the version and ``meta`` go into its footer."""
-    _stream(study, path, rows[0].schema, iter(rows), meta)
+    _stream(study, path, rows[0].schema, iter(rows), lambda: meta)
 
 
-def _stream(study: Path, path: Path, kind: pa.Schema, rows: Iterator[pa.Table], meta: Mapping[str, str]) -> None:
-    """Write tables to one file, gathered into row groups of a fair size."""
-    footer = {"version": str(VERSION), "commit": rundir.provenance()["commit"] or "", **meta}
+def _stream(
+    study: Path, path: Path, kind: pa.Schema, rows: Iterator[pa.Table], meta: Callable[[], Mapping[str, str]]
+) -> None:
+    """Write tables to one file, gathered into row groups of a fair size; ``meta`` is asked after the last of them."""
+    footer = {"version": str(VERSION), "commit": rundir.provenance()["commit"] or ""}
     rundir.staging(study).mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, staged = tempfile.mkstemp(dir=rundir.staging(study), prefix=path.name)
@@ -130,6 +133,7 @@ def _stream(study: Path, path: Path, kind: pa.Schema, rows: Iterator[pa.Table], 
                         held, gathered = [], 0
                 if held:
                     writer.write_table(pa.concat_tables(held))
+                writer.add_key_value_metadata(dict(meta()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
@@ -241,7 +245,7 @@ def verify(study: Path) -> list[Problem]:
                 what = f"{twice} rows of run {run_id} are there twice, among {len(paths)} parts"
                 problems.append(Problem(paths[-1], what, run_id, "twice"))
     for folder in sorted((study / "runs").glob("*")):
-        if rundir.status(study, folder.name)["state"] == "done":
+        if rundir.RUN_ID.fullmatch(folder.name) and rundir.status(study, folder.name)["state"] == "done":
             needed = ("runs", "curves") if folder.name.startswith("v") else ("runs",)
             for table in needed:
                 if folder.name not in holds[table]:
@@ -252,27 +256,39 @@ def verify(study: Path) -> list[Problem]:
     return problems
 
 
-def quarantine(study: Path, problems: Iterable[Problem]) -> None:
-    """Move damaged parts out of the data set, and let the next launch write the rows of their runs again."""
+def quarantine(study: Path, problems: Iterable[Problem]) -> list[str]:
+    """Move damaged parts out of the data set, and let the next launch write rows again; what follows, in sentences."""
+    follows: dict[str, None] = {}
     for problem in problems:
         if problem.kind == "damaged":
             target = study / "damaged" / problem.path.relative_to(study / "tables")
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(problem.path, target.with_name(target.name + ".damaged"))
         if problem.kind != "twice":
-            _reopen(study, problem.run_id)
+            follows[_reopen(study, problem)] = None
+    for stamp in (study / "stamps").glob("*"):  # or Snakemake would take these stages for complete
+        stamp.unlink()
+    return list(follows)
 
 
-def _reopen(study: Path, run_id: str) -> None:
+def _reopen(study: Path, problem: Problem) -> str:
+    """Let the next launch write the rows of a run again, where it can."""
+    run_id, table = problem.run_id, problem.path.relative_to(study / "tables").parts[0]
     holder = rundir.holder(study, run_id)
-    if rundir.status_file(study, run_id).exists() and not (holder and holder.alive):
-        rundir.mark(study, run_id, "planned", "its rows were damaged")
+    if table != "runs" and not run_id.startswith("v"):
+        return f"{run_id}: some of its training curve is gone; its checkpoints and what was measured on them are not"
+    if holder and holder.alive:
+        return f"{run_id}: is running; verify again when it has ended"
+    if not rundir.status_file(study, run_id).exists():
+        return f"{run_id}: is not of this folder"
+    rundir.mark(study, run_id, "planned", "its rows were damaged")
+    return f"{run_id}: the next launch writes its rows again"
 
 
 def compact(study: Path) -> list[Problem]:
     """Merge the current rows of each table into ``compact/<table>.parquet``; damaged parts are left out and returned.
 
-    Parts stay. A table whose parts are those of the last time is not written again.
+    Parts stay. A table whose parts are those of the last time, all of them whole, is not written again.
     """
     problems: list[Problem] = []
     for table in CURRENT:
@@ -283,9 +299,14 @@ def compact(study: Path) -> list[Problem]:
             continue
         damaged: list[Problem] = []
         rows = (rows for _, _, rows in _by_run(study, table, damaged))
-        _stream(study, target, schema(table), rows, {"parts": digest})
+        _stream(study, target, schema(table), rows, partial(_vouched, digest, damaged))
         problems += damaged
     return problems
+
+
+def _vouched(digest: str, damaged: list[Problem]) -> dict[str, str]:
+    """The footer of a compact file: it stands for its parts unless some could not be read, which is said every time."""
+    return {} if damaged else {"parts": digest}
 
 
 def _digest(path: Path) -> str | None:
@@ -312,7 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         print(f"{os.path.relpath(problem.path)}: {problem.what}", file=sys.stderr)
     if arguments.quarantine:
-        quarantine(study, problems)
+        for sentence in quarantine(study, problems):
+            print(sentence, file=sys.stderr)
     count = sum(len(parts(study, table)) for table in CURRENT)
     print(f"{arguments.study}: {count} parts, {len(problems)} problems")
     return 1 if problems else 0

@@ -212,9 +212,9 @@ def test_a_damaged_part_is_named_and_left_out(study, damage, says, capsys):
 
 
 def test_quarantine_moves_damage_away_and_opens_the_run_again(study):
-    (path,) = written(study, RUN, 1, losses(range(2), 1.0))
+    written(study, RUN, 1, losses(range(2), 1.0))
     rundir.mark(study, RUN, "done", points=[10, 20])
-    written(study, RUN, 1, [{"status": "done"}], table="runs")
+    (path,) = written(study, RUN, 1, [{"status": "done"}], table="runs")
     truncate(path)
     assert tables.main(["verify", str(study), "--quarantine"]) == 1
     assert not path.exists()
@@ -223,6 +223,43 @@ def test_quarantine_moves_damage_away_and_opens_the_run_again(study):
     assert tables.main(["verify", str(study)]) == 0
     assert rundir.status(study, RUN)["state"] == "planned"
     assert rundir.status(study, RUN)["points"] == [10, 20]
+
+
+def test_what_cannot_be_made_again_is_said(study, capsys):
+    run = "g0123456789ab"
+    (path,) = written(study, run, 1, losses(range(2), 1.0))
+    (other,) = written(study, MEASURED, 1, losses(range(2), 1.0))
+    for run_id in (run, MEASURED):
+        rundir.mark(study, run_id, "done", points=[10, 20])
+        written(study, run_id, 1, [{"status": "done"}], table="runs")
+    truncate(path)
+    truncate(other)
+    stamp = rundir.stamp_file(study, "generator")
+    rundir.atomic_write(study, stamp, {})
+    assert tables.main(["verify", str(study), "--quarantine"]) == 1
+    error = capsys.readouterr().err
+    assert f"{run}: some of its training curve is gone" in error
+    assert f"{MEASURED}: the next launch writes its rows again" in error
+    assert rundir.status(study, run)["state"] == "done"
+    assert rundir.status(study, MEASURED)["state"] == "planned"
+    assert not stamp.exists()  # Snakemake calls the launch again
+
+
+def test_damage_is_said_every_time(study, capsys):
+    (path,) = written(study, RUN, 1, losses(range(2), 1.0))
+    (whole,) = written(study, OTHER, 1, losses(range(2), 1.0))
+    truncate(path)
+    for _ in range(2):
+        assert tables.main(["compact", str(study)]) == 1
+        assert path.name in capsys.readouterr().err
+    assert {run_id for run_id, *_ in values(study)} == {OTHER}
+    assert whole.exists()
+
+
+def test_what_is_no_run_is_passed_over(study):
+    (study / "runs" / "backup of g0123").mkdir(parents=True)
+    (study / "runs" / ".DS_Store").write_text("")
+    assert tables.main(["verify", str(study)]) == 0
 
 
 def test_a_row_that_is_there_twice_is_found(study):
