@@ -45,12 +45,13 @@ for name in RULES:
         output:
             STAMPS[name],
         handover: True
-        threads: 4096  # all that there are: more than that is scaled down
+        threads: 4096  # all that there are: more than that is scaled down, here or by the launch
         params:
             python=sys.executable,
             study=STUDY,
             stage=stages.RULES[name].stage,
-            of=f"--of {stages.RULES[name].of}" if stages.RULES[name].of else "",
+            # a measurement that fails is listed, and keeps nothing else from running
+            of=f"--of {stages.RULES[name].of} --keep-going" if stages.RULES[name].of else "",
         shell:
             "{params.python} -m sweep.launch {params.study} --stage {params.stage} {params.of} --cores {threads}"
 

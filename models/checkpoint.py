@@ -94,10 +94,13 @@ class Checkpoints:
     """The checkpoints of one run.
 
     ``guard`` is called before anything is written; the worker passes a check that its attempt still owns the run.
+    What a killed writer left half-written is removed when the next attempt opens them.
     """
 
     def __init__(self, ckpt: Path, points: Path, guard: Callable[[], None] = lambda: None, keep: int = 2) -> None:
         self.ckpt, self.points, self.guard, self.keep = ckpt, points, guard, keep
+        for left in (*ckpt.glob(".*"), *points.glob(".*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _saved(self) -> Iterator[Saved]:
         if not self.ckpt.is_dir():
@@ -145,10 +148,6 @@ class Checkpoints:
         for saved in self._saved():
             if saved.point == point:
                 shutil.rmtree(saved.path, ignore_errors=True)
-
-    def drop_point(self, point: int) -> None:
-        self.guard()
-        shutil.rmtree(self.points / f"{point:08d}", ignore_errors=True)
 
 
 def load_point(

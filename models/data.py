@@ -458,6 +458,8 @@ def encode(
     """
     if folder.exists():
         return CodeCache(folder)
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
     staging.mkdir(parents=True)
     try:

@@ -144,7 +144,7 @@ def make(name: str, folder: Path = WEIGHTS, steps: int | None = None) -> dict[st
     module = training.module()
     logs: dict[str, float] = {}
 
-    def report(step: int, metrics: dict[str, float], point: int | None) -> None:
+    def report(step: int, trained: int, metrics: dict[str, float], point: int | None) -> None:
         logs.update(metrics)
         print(f"{name} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
 

@@ -311,15 +311,16 @@ def train(
     seed: int,
     runtime: Runtime,
     checkpoints: Checkpoints,
-    record: Callable[[int, dict[str, float], int | None], None],
+    record: Callable[[int, int, dict[str, float], int | None], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train ``module`` until every measurement point has its checkpoint; finished points are not trained again.
 
-    ``record(step, metrics, point)`` is called every ``runtime.log_every`` steps and at the end of a piece with means
-    since its last call, on rank 0 only; ``point`` names the branch the step lies on, None on the trunk. A loss that
-    is not finite, or beyond ``recipe.diverged``, ends the run. Raises ValueError where the batch cannot be divided,
-    and whatever ``checkpoints`` raises when this attempt was superseded.
+    ``record(step, trained, metrics, point)`` is called every ``runtime.log_every`` steps and at the end of a piece
+    with means since its last call, on rank 0 only; ``trained`` counts the steps of this call, ``point`` names the
+    branch the step lies on, None on the trunk. A loss that is not finite, or beyond ``recipe.diverged``, ends the run.
+    Raises ValueError where the batch cannot be divided, and whatever ``checkpoints`` raises when this attempt was
+    superseded.
     """
     loop = Loop(module, stream, recipe, seed=seed, runtime=runtime)
     chief = loop.ranks.rank == 0
@@ -366,7 +367,7 @@ def train(
                 if not abs(metrics["loss"]) <= recipe.diverged:
                     return outcome("diverged", f"loss {metrics['loss']:.4g} at step {step}")
                 if chief:
-                    record(step, metrics, point if on_branch else None)
+                    record(step, trained, metrics, point if on_branch else None)
             if logs or not loop.ranks.on:  # ranks agree on stopping where they agree on logging
                 stop, due = loop.ranks.any(should_stop(), time.monotonic() - saved > runtime.save_every_s)
                 if (stop or due) and step < point:

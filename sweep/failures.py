@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import errno
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Policy(NamedTuple):
-    """``retries``: further attempts in one launch. ``stops_study``: no other run would fare better now."""
+    """``retries``: further attempts in one launch. ``stops_study``: no other run would fare better now.
+
+    ``reopens``: the cause lies outside the run and may be gone, so the next launch tries again without ``--retry``.
+    """
 
     retries: int
     stops_study: bool
+    reopens: bool
     means: str
 
 
 POLICY: dict[str, Policy] = {
-    "input": Policy(0, False, "a setting or a file that the run cannot work with"),
-    "memory": Policy(0, False, "the host's or the device's memory did not suffice"),
-    "storage": Policy(0, True, "the disk is full or over quota"),
-    "code": Policy(0, False, "an exception that nobody foresaw"),
-    "lost": Policy(1, False, "the process that held the run is gone without a word"),
+    "input": Policy(0, False, True, "a setting or a file that the run cannot work with"),
+    "memory": Policy(0, False, False, "the host's or the device's memory did not suffice"),
+    "storage": Policy(0, True, True, "the disk is full or over quota"),
+    "code": Policy(0, False, False, "an exception that nobody foresaw"),
+    "lost": Policy(1, False, False, "the process that held the run is gone without a word"),
 }
+
+
+def reopens(status: dict[str, Any]) -> bool:
+    """Does a launch try this run again although it failed?"""
+    kind = str(status.get("reason")).partition(":")[0]
+    return status["state"] == "failed" and kind in POLICY and POLICY[kind].reopens
 
 
 def classify(error: BaseException) -> str:

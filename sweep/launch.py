@@ -9,6 +9,7 @@ What is finished stays: a second call returns at once, one after an interruption
 save and stop; the second kills them. Two launches of one study share its runs, as whoever claims a run has it.
 
 Exit codes: 0 all done, or diverged; 1 some failed; 2 bad input; 3 refused; 130 stopped before the end.
+Runs that failed are tried again with --retry; where a file or the disk was to blame, by the next launch anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ class Launch:
             if run_id not in self.seen or self.seen[run_id][0] != stamp:
                 self.seen[run_id] = stamp, rundir.status(self.study, run_id)
             status = self.seen[run_id][1]
-            if rundir.finished(status, row["points"], row["encode"]) or status["state"] in ("blocked", "cancelled"):
+            if rundir.finished(self.study, status, row["points"], row["encode"]) or status["state"] in (
+                "blocked",
+                "cancelled",
+            ):
                 self.outcomes[run_id] = status
                 del self.pending[run_id]
             elif status["state"] == "running":
@@ -148,7 +152,8 @@ class Launch:
         held = {run_id: (holder.host, holder.pid) for run_id, holder in holders.items() if holder and holder.alive}
         busy = ours & set(held.values())
         others = {process for process in set(held.values()) - ours if rundir.alive(*process, None)}
-        waiting = groups(self.rows[run_id] for run_id in self.pending if run_id not in held)
+        ready = (row for run_id in self.pending if not _awaits(row := self.rows[run_id], self.pending))
+        waiting = groups(row for row in ready if row["run_id"] not in held)
         needed = min(self.slots.count - len(others) - live, len(waiting) - (live - len(busy)))
         ended = zip(self.since, self.slots.jobs, strict=True)
         barren = sum(since == len(self.outcomes) and job.done() for since, job in ended)
@@ -163,7 +168,7 @@ class Launch:
         behind = sum(self.rows[run_id]["flops_total"] or 0.0 for run_id in self.outcomes)
         for run_id in self.pending:
             status = self.seen[run_id][1] if run_id in self.seen else {}
-            if status.get("steps"):
+            if status.get("state") == "running" and status.get("steps"):
                 behind += (self.rows[run_id]["flops_total"] or 0.0) * status.get("step", 0) / status["steps"]
         return behind
 
@@ -218,13 +223,15 @@ def run(study: Path, options: argparse.Namespace) -> int:
     pending, waits = [], {}
     for row in rows:
         status = statuses[row["run_id"]]
-        if options.retry and status["state"] == "failed":
+        if (options.retry and status["state"] == "failed") or failures.reopens(status):
             status = status | {"state": "planned"}
-        if not rundir.finished(status, row["points"], row["encode"]):
-            if why := worker.blocked(study, row["stage"], row["upstream"]):
-                waits[row["run_id"]] = why
-            else:
-                pending.append(row)
+        if not rundir.finished(study, status, row["points"], row["encode"]):
+            pending.append(row)
+    ours = {row["run_id"] for row in pending}
+    for row in pending:
+        if not _awaits(row, ours) and (why := worker.blocked(study, row["stage"], row["upstream"])):
+            waits[row["run_id"]] = why
+    pending = [row for row in pending if row["run_id"] not in waits]
     title = options.stage + (f" --of {options.of}" if options.of else "")
     hours = sum(row["gpu_h_high"] or 0.0 for row in pending)
     if options.max_gpu_hours is not None and hours > options.max_gpu_hours:
@@ -237,12 +244,20 @@ def run(study: Path, options: argparse.Namespace) -> int:
     return _report(study, title, rows, statuses, whole, options, time.monotonic() - began)
 
 
+def _awaits(row: Row, runs: Container[str]) -> bool:
+    """Is a run that this one is built on among ``runs``?"""
+    return any(source.partition("@")[0] in runs for source in row["upstream"])
+
+
 def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, options: argparse.Namespace) -> bool:
     """Run what is pending; False when it was stopped before the end."""
     if not pending:
         return True
     wanted = [row["run_id"] for row in pending]
     configs = {row["run_id"]: json.loads(row["config"]) for row in tables.plan(study, ["run_id", "config"], wanted)}
+    for root in {config["data"].get("root") for config in configs.values()} - {None}:
+        if not Path(root).is_dir():
+            raise ValueError(f"{_short(study / 'grid.yaml')}: data.root: got {root}; allowed: a folder that is here")
     for run_id in wanted:
         rundir.register(study, configs[run_id])
         status, holder = rundir.status(study, run_id), rundir.holder(study, run_id)
@@ -300,8 +315,8 @@ def _report(
     if not whole:
         print("stopped before the end; the same command resumes", file=sys.stderr)
         return 130
-    if bad:
-        return 1
+    if bad and not (options.keep_going and counts["done"]):
+        return 2 if all(failures.reopens(statuses[run_id]) for run_id in bad) else 1
     if not options.only:
         outcome = {row["run_id"]: statuses[row["run_id"]]["state"] for row in rows}
         stamp = {"stage": options.stage, "of": options.of, "runs": outcome}
@@ -324,12 +339,6 @@ def _short(path: Path) -> str:
     return os.path.relpath(path)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sweep.launch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", metavar="STUDY", help="results/<study>, or the study's name")
@@ -337,11 +346,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--of", choices=STAGES[:-1], help="evaluations: of which stage")
     parser.add_argument("--only", action="append", default=[], metavar="RUN_ID|KEY=VALUE", help="may be repeated")
     parser.add_argument("--retry", action="store_true", help="also runs that failed")
+    parser.add_argument("--keep-going", action="store_true", help="call the stage complete though some runs failed")
     parser.add_argument("--cancel", action="store_true", help="ask what is running to save and stop")
     parser.add_argument("--cluster", choices=("local",), default="local")
-    parser.add_argument("--cores", type=_positive, metavar="N", help="cores to use (default: all of this process)")
-    parser.add_argument("--slots", type=_positive, metavar="N", help="worker processes (default: GPUs, or cores)")
-    parser.add_argument("--threads-per-slot", type=_positive, metavar="N", help="instead of the plan's run.threads")
+    parser.add_argument(
+        "--cores", type=worker.positive, metavar="N", help="cores to use (default: all of this process)"
+    )
+    parser.add_argument("--slots", type=worker.positive, metavar="N", help="worker processes (default: GPUs, or cores)")
+    parser.add_argument(
+        "--threads-per-slot", type=worker.positive, metavar="N", help="instead of the plan's run.threads"
+    )
     parser.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse to start more, by the high estimate")
     options = parser.parse_args(argv)
     if not (options.stage or options.cancel):

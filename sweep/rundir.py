@@ -93,7 +93,14 @@ def launches_folder(study: Path) -> Path:
 
 
 def codes_folder(study: Path, checkpoint: str, data_hash: str) -> Path:
-    return study / "cache" / "codes" / f"{checkpoint}-{data_hash[:12]}"
+    run_id, _, point = checkpoint.partition("@")
+    return study / "cache" / "codes" / run_id / f"{point}-{data_hash[:12]}"
+
+
+def encoded(study: Path, run_id: str) -> set[int]:
+    """Points of a tokenizer whose codes are there: a cache may be deleted, and is then made again."""
+    manifests = (study / "cache" / "codes" / run_id).glob("[0-9]*-*/manifest.json")
+    return {int(path.parent.name.partition("-")[0]) for path in manifests}
 
 
 def references_folder(study: Path) -> Path:
@@ -189,11 +196,11 @@ def mark(study: Path, run_id: str, state: str, reason: str | None = None, **fiel
         atomic_write(study, status_file(study, run_id), held | {"updated": now()}, sync=False)
 
 
-def finished(status: dict[str, Any], points: list[int] | None, encode: list[int] | None) -> bool:
-    """Is there nothing left to do? A run that is done may have been given more points since."""
+def finished(study: Path, status: dict[str, Any], points: list[int] | None, encode: list[int] | None) -> bool:
+    """Is there nothing left to do? A run that is done may have been given more points, or lost its codes, since."""
     if status["state"] == "done":
-        needed = (set(points or ()), "points"), (set(encode or ()), "encoded")
-        return all(wanted <= set(status.get(name, ())) for wanted, name in needed)
+        there = set(points or ()) <= set(status.get("points", ()))
+        return there and (not encode or set(encode) <= encoded(study, status["run_id"]))
     return status["state"] in FINAL
 
 

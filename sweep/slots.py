@@ -23,15 +23,15 @@ GRACE_S = 10.0  # for processes to end after the last run
 FOREVER_MIN = 365 * 24 * 60  # submitit ends a local job after 2 minutes unless told otherwise
 
 
-def devices() -> list[int]:
-    """Numbers of the GPUs that this process may use."""
+def devices() -> list[str]:
+    """Names (numbers, or what stands in CUDA_VISIBLE_DEVICES) of the GPUs that this process may use."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [int(name) for name in visible.split(",") if name.strip().isdecimal()]
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 def _cores() -> int:
@@ -47,11 +47,12 @@ class Slots:
         self.study, self.cluster, self.threads = study, options.cluster, options.threads_per_slot
         self.width = self.threads or max(runtime.threads for runtime in runtimes)
         self.devices = devices() if any(runtime.device != "cpu" for runtime in runtimes) else []
-        cores = options.cores or _cores()
+        cores = min(options.cores or _cores(), _cores())
         self.count = options.slots or len(self.devices) or max(1, cores // self.width)
         self.folder = rundir.launches_folder(study) / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         self.flag = self.folder / "stop"
         self.jobs: list[submitit.Job[None]] = []
+        self.given: list[str | None] = []  # the device of each job
         self.folder.mkdir(parents=True)
         self.folder.parent.chmod(0o700)  # submitit pickles what it runs
 
@@ -61,17 +62,21 @@ class Slots:
 
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
         executor.update_parameters(timeout_min=FOREVER_MIN, tasks_per_node=1)
-        if self.devices:
-            device = self.devices[len(self.jobs) % len(self.devices)]
-            executor.update_parameters(gpus_per_node=1, local_visible_gpus=[device])
+        device = self.free()
         pools = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.width))
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the launcher alone
         try:
             with submitit.helpers.environment_variables(**pools):
-                job = executor.submit(worker.serve, str(self.study), work, str(self.folder), self.threads)
+                job = executor.submit(worker.serve, str(self.study), work, str(self.folder), self.threads, device)
         finally:
             signal.signal(signal.SIGINT, handler)
         self.jobs.append(job)
+        self.given.append(device)
+
+    def free(self) -> str | None:
+        """The device that the fewest live jobs have; None without devices."""
+        taken = [device for job, device in zip(self.jobs, self.given, strict=True) if not job.done()]
+        return min(self.devices, key=taken.count, default=None)
 
     def live(self) -> int:
         return sum(not job.done() for job in self.jobs)

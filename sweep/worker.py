@@ -17,8 +17,9 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -87,7 +88,8 @@ def train(attempt: Attempt) -> Ended:
         stream = data.CodeCache(codes_of(study, config["upstream"]["tokenizer"], config))
     checkpoints = checkpoint.Checkpoints(folder / "ckpt", folder / "points", attempt.save)
 
-    def record(step: int, metrics: dict[str, float], point: int | None) -> None:
+    def record(step: int, trained: int, metrics: dict[str, float], point: int | None) -> None:
+        attempt.steps, attempt.train_s = trained, time.monotonic() - began
         at = {"step": step, "images": float(step * recipe.batch), "flops": step * plan["flops_per_step"]}
         at["epochs"] = at["images"] / plan["images_unique"] if plan["images_unique"] else None
         branch = "" if point is None else f"@{point}"
@@ -101,6 +103,7 @@ def train(attempt: Attempt) -> Ended:
     def saved() -> list[int]:
         return [point for point in points if checkpoints.has_point(point)]
 
+    began = time.monotonic()
     outcome = training.train(
         module,
         stream,
@@ -117,7 +120,6 @@ def train(attempt: Attempt) -> Ended:
     if outcome.state != "done":
         return Ended("cancelled" if outcome.state == "stopped" else "diverged", outcome.reason)
     attempt.claim.update(step=total)
-    encoded: list[int] = []
     weights: Literal["ema", "raw"] = "ema" if recipe.ema else "raw"
     device = training.device_of(attempt.runtime)
     for point in config["encode"]:
@@ -127,9 +129,7 @@ def train(attempt: Attempt) -> Ended:
         target = codes_of(study, f"{attempt.run_id}@{point}", config)
         batch = attempt.runtime.measure_batch
         cache = data.encode(module.eval(), source, target, seed=0, batch=batch, device=device)
-        encoded.append(point)
         attempt.note("encoded", point=point, **cache.manifest["splits"])
-        attempt.claim.update(encoded=encoded)
     return Ended("done")
 
 
@@ -217,8 +217,12 @@ STAGES: dict[str, Callable[[Attempt], Ended]] = {
 
 
 class Blocked(NamedTuple):
-    """Why a run cannot start yet; ``diverged``: because training upstream did, which is a result, not a failure."""
+    """Why a run cannot start yet, and because of which other.
 
+    ``diverged``: because training upstream did, which is a result, not a failure.
+    """
+
+    run_id: str
     reason: str
     diverged: bool
 
@@ -229,17 +233,22 @@ def blocked(study: Path, stage: str, upstream: Iterable[str]) -> Blocked | None:
         run_id, _, step = source.partition("@")
         status = rundir.status(study, run_id)
         there = rundir.point_file(study, run_id, int(step)).exists() if step else status["state"] == "done"
-        coded = stage != "generator" or run_id[0] != "t" or int(step) in status.get("encoded", ())
+        coded = stage != "generator" or run_id[0] != "t" or int(step) in rundir.encoded(study, run_id)
         if not (there and coded):
             reason = f" ({status['reason']})" if status.get("reason") else ""
             diverged = status["state"] == "diverged" or bool(status.get("diverged_upstream"))
             what = "codes of " if there else ""
-            return Blocked(f"{what}{source} missing: its run is {status['state']}{reason}", diverged)
+            return Blocked(run_id, f"{what}{source} missing: its run is {status['state']}{reason}", diverged)
     return None
 
 
-def work(study: Path, run_id: str, stop: Stop, threads: int | None = None) -> str:
-    """Bring one run to an end: its state; ``held`` when somebody else has it, ``over`` when nothing is to do."""
+def work(
+    study: Path, run_id: str, stop: Stop, threads: int | None = None, siblings: Container[str] = frozenset()
+) -> str:
+    """Bring one run to an end: its state; ``over`` when nothing is to do.
+
+    ``held`` when somebody else has it, ``early`` when it is built on one of ``siblings`` that is still to come.
+    """
     config = rundir.config(study, run_id)
     runtime = families.Runtime(**config["runtime"])
     if threads is not None:
@@ -247,6 +256,8 @@ def work(study: Path, run_id: str, stop: Stop, threads: int | None = None) -> st
     if not _open(study, config):
         return "over"
     if why := blocked(study, config["stage"], config["upstream"].values()):
+        if why.run_id in siblings and rundir.status(study, why.run_id)["state"] in ("planned", "running"):
+            return "early"
         rundir.mark(study, run_id, "blocked", why.reason, diverged_upstream=why.diverged)
         return "blocked"
     if (claim := rundir.claim(study, run_id)) is None:
@@ -265,7 +276,7 @@ def work(study: Path, run_id: str, stop: Stop, threads: int | None = None) -> st
 
 def _open(study: Path, config: dict[str, Any]) -> bool:
     status = rundir.status(study, config["run_id"])
-    return status["state"] != "cancelled" and not rundir.finished(status, config["points"], config["encode"])
+    return status["state"] != "cancelled" and not rundir.finished(study, status, config["points"], config["encode"])
 
 
 def _attempt(attempt: Attempt) -> str:
@@ -311,13 +322,17 @@ def _beating(claim: rundir.Claim) -> Iterator[None]:
         thread.join()
 
 
-def serve(study: str, groups: Sequence[Sequence[str]], launch: str, threads: int | None) -> None:
+def serve(
+    study: str, groups: Sequence[Sequence[str]], launch: str, threads: int | None, device: str | None = None
+) -> None:
     """Work off runs until none is left that this process could take; what a launched process does.
 
     The list is shared with other processes: whoever claims a run first has it. Runs of a group (evaluations of one
     checkpoint) stay together, so that what they load is loaded once. ``launch`` is the folder of the launch: the
-    process registers there and stops when a file ``stop`` appears.
+    process registers there and stops when a file ``stop`` appears. ``device`` is the one GPU that it may see.
     """
+    if device is not None:  # here and not by submitit, which knows numbers only and no names of parts of a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     folder, here = Path(launch), Path(study)
     with contextlib.suppress(PermissionError):  # a leader of a session already
         os.setsid()  # Ctrl-C in a terminal is the launcher's business
@@ -325,26 +340,28 @@ def serve(study: str, groups: Sequence[Sequence[str]], launch: str, threads: int
     stop.listen()
     rundir.atomic_write(here, folder / f"worker-{os.getpid()}.json", rundir.myself())
     over: set[str] = set()
+    siblings = frozenset(run_id for group in groups for run_id in group)
     while not stop():
         before = len(over)
         for group in groups:
             for run_id in group:
                 if run_id in over or stop():
                     continue
-                outcome = _logged(here, run_id, stop, threads)
+                outcome = _logged(here, run_id, stop, threads, siblings)
                 if outcome == "held":
                     break
-                over.add(run_id)
+                if outcome != "early":
+                    over.add(run_id)
         if len(over) == before:
             return
 
 
-def _logged(study: Path, run_id: str, stop: Stop, threads: int | None) -> str:
+def _logged(study: Path, run_id: str, stop: Stop, threads: int | None, siblings: Container[str]) -> str:
     """``work`` with its output in the run's own log."""
     log = rundir.log_file(study, run_id)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        return work(study, run_id, stop, threads)
+        return work(study, run_id, stop, threads, siblings)
 
 
 # --- one run in the foreground -----------------------------------------------------------------------------------
@@ -361,11 +378,18 @@ def _study_of(run_id: str, results: Path) -> Path:
     )
 
 
+def positive(text: str) -> int:
+    """An option of the command line that counts something."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: a whole number from 1 on")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sweep.worker", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_id", metavar="RUN_ID")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="of studies, or a study")
-    parser.add_argument("--threads", type=int, metavar="N", help="instead of the plan's run.threads")
+    parser.add_argument("--threads", type=positive, metavar="N", help="instead of the plan's run.threads")
     options = parser.parse_args(argv)
     try:
         study = _study_of(options.run_id, options.results)

@@ -71,7 +71,7 @@ def run(folder: Path, points, *, recipe=RECIPE, runtime=RUNTIME, module=None, st
         seed=seed,
         runtime=runtime,
         checkpoints=Checkpoints(folder / "ckpt", folder / "points"),
-        record=lambda step, metrics, point: rows.append((step, metrics, point)) if rows is not None else None,
+        record=lambda step, _, metrics, point: rows.append((step, metrics, point)) if rows is not None else None,
         should_stop=lambda: stop_after is not None and next(steps) >= stop_after,
     )
 

@@ -70,7 +70,10 @@ def done(study: Path, stage: str) -> None:
     """Say that the runs of a stage are done, without doing them."""
     for row in tables.plan(study, ["run_id", "stage", "points", "encode"]):
         if row["stage"] == stage:
-            rundir.mark(study, row["run_id"], "done", points=row["points"], encoded=row["encode"])
+            rundir.mark(study, row["run_id"], "done", points=row["points"])
+            for point in row["encode"] or ():
+                codes = rundir.codes_folder(study, f"{row['run_id']}@{point}", "0" * 64)
+                rundir.atomic_write(study, codes / "manifest.json", {})
             for point in row["points"]:
                 rundir.atomic_write(study, rundir.point_file(study, row["run_id"], point), {})
 
@@ -191,6 +194,100 @@ def test_a_failure_is_listed_and_stays_until_it_is_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("still")
+@pytest.mark.parametrize("reason", ["input: FileNotFoundError: cat.png", "storage: OSError: No space left on device"])
+def test_a_cause_outside_the_run_is_looked_at_again(tmp_path, reason):
+    study = planned(tmp_path)
+    done(study, "tokenizer")
+    failed = runs(study, "tokenizer")[1]
+    rundir.mark(study, failed, "failed", reason)
+    with pytest.raises(AssertionError, match=f"started on .*{failed}"):
+        launch.main([str(study), "--stage", "tokenizer"])
+
+
+FOLDER = "{{family: image_folder, name: pets, root: ROOT, size: 16, classes: 2, count: 2, count_heldout: 2, views: 4}}"
+
+
+def of_images(folder: Path, root: Path) -> Path:
+    """A study of the images in a folder."""
+    text = GRID.replace("{{family: digits, views: 1, views_heldout: 1}}", FOLDER.replace("ROOT", str(root)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(globals(), "GRID", text)
+        return planned(folder, seeds="[0]")
+
+
+def test_an_image_that_cannot_be_read_is_bad_input_and_names_the_file(tmp_path, capsys):
+    from PIL import Image
+
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
+        file = tmp_path / "images" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(file)
+    broken = tmp_path / "images" / "train" / "dog" / "b.png"
+    broken.write_bytes(b"no image")
+    study = of_images(tmp_path, tmp_path / "images")
+    assert launch.main([str(study), "--stage", "tokenizer", "--slots", "1"]) == 2
+    assert str(broken) in capsys.readouterr().err
+    Image.new("RGB", (16, 16)).save(broken)
+    assert launch.main([str(study), "--stage", "tokenizer", "--slots", "1"]) == 0  # mended, and tried again
+
+
+@pytest.mark.usefixtures("still")
+def test_a_missing_data_folder_is_bad_input_and_nothing_is_written(tmp_path, capsys):
+    study = of_images(tmp_path, Path("/nowhere/images"))
+    before = sorted(study.rglob("*"))
+    assert launch.main([str(study), "--stage", "tokenizer"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.endswith("grid.yaml: data.root: got /nowhere/images; allowed: a folder that is here\n")
+    assert sorted(study.rglob("*")) == before
+
+
+def test_a_stage_whose_runs_build_on_each_other_is_one_launch(tmp_path):
+    pupil = """generator:
+  - name: teacher
+    family: llama
+    sizes: [5k]
+    steps: [4]
+    train: {{batch: 8, lr: 3.0e-3, warmup: 2}}
+  - name: pupil
+    family: llama
+    sizes: [5k]
+    steps: [400]
+    train: {{batch: 8, lr: 3.0e-3, warmup: 2}}
+    upstream: {{teacher: {{stage: generator, arm: teacher}}}}
+evaluation:"""
+    start, stop = GRID.index("generator:"), GRID.index("evaluation:")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(globals(), "GRID", GRID[:start] + pupil + GRID[stop + len("evaluation:") :])
+        study = planned(tmp_path, seeds="[0]")
+    assert launch.main([str(study), "--stage", "tokenizer"]) == 0
+    assert launch.main([str(study), "--stage", "generator", "--slots", "2"]) == 0
+    assert states(study, "generator") == ["done", "done"]
+    teacher, pupil_ = sorted([event["time"] for event in events(study, run_id)] for run_id in runs(study, "generator"))
+    assert teacher[-1] < pupil_[0]
+
+
+@pytest.mark.usefixtures("still")
+def test_a_failed_measurement_keeps_nothing_else_from_running(tmp_path, capsys):
+    study = planned(tmp_path)
+    done(study, "evaluation")
+    measured = [row["run_id"] for row in launch.select(study, "evaluation", "tokenizer")]
+    rundir.mark(study, measured[0], "failed", "memory: MemoryError:")
+    command = [str(study), "--stage", "evaluation", "--of", "tokenizer"]
+    assert launch.main(command) == 1
+    assert not rundir.stamp_file(study, "evaluation", "tokenizer").exists()
+    assert launch.main([*command, "--keep-going"]) == 0
+    assert f"failed: {measured[0]}" in capsys.readouterr().err
+    stamp = json.loads(rundir.stamp_file(study, "evaluation", "tokenizer").read_text())
+    assert stamp["runs"][measured[0]] == "failed"
+    rundir.stamp_file(study, "evaluation", "tokenizer").unlink()
+    for run_id in measured:
+        rundir.mark(study, run_id, "failed", "code: x")
+    assert launch.main([*command, "--keep-going"]) == 1  # a stage without any result is not complete
+    assert not rundir.stamp_file(study, "evaluation", "tokenizer").exists()
+
+
+@pytest.mark.usefixtures("still")
 def test_a_run_with_a_new_point_is_to_do_again(tmp_path, capsys):
     study = planned(tmp_path, seeds="[0]")
     done(study, "tokenizer")
@@ -284,16 +381,45 @@ def options(**changes: Any) -> argparse.Namespace:
         (4, "cpu", "", {"cores": 2}, (1, 4, [])),
         (4, "cpu", "", {"cores": 8, "threads_per_slot": 2}, (4, 2, [])),
         (1, "auto", "", {"cores": 2}, (2, 1, [])),
-        (1, "auto", "0,2,3", {"cores": 2}, (3, 1, [0, 2, 3])),
+        (1, "cpu", "", {"cores": 4096}, (8, 1, [])),  # what Snakemake calls no limit
+        (1, "cpu", "", {}, (8, 1, [])),
+        (1, "auto", "0,2,3", {"cores": 2}, (3, 1, ["0", "2", "3"])),
+        (1, "auto", "GPU-5ab,MIG-7c/1/0", {"cores": 2}, (2, 1, ["GPU-5ab", "MIG-7c/1/0"])),
+        (1, "auto", "-1", {"cores": 2}, (2, 1, [])),
         (1, "cpu", "0,1", {"cores": 4}, (4, 1, [])),
-        (1, "cuda", "0", {"cores": 4, "slots": 3}, (3, 1, [0])),
+        (1, "cuda", "0", {"cores": 4, "slots": 3}, (3, 1, ["0"])),
     ],
 )
 def test_slots_divide_devices_or_cores(tmp_path, monkeypatch, threads, device, visible, changes, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(slots, "_cores", lambda: 8)
     configs = [{"runtime": {"threads": threads, "device": device}}]
     held = slots.Slots(tmp_path / "study", configs, options(**changes))
     assert (held.count, held.width, held.devices) == expected
+
+
+def test_a_process_gets_the_device_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    configs = [{"runtime": {"threads": 1, "device": "cuda"}}]
+    held = slots.Slots(tmp_path / "study", configs, options())
+    over = [argparse.Namespace(done=lambda ended=ended: ended) for ended in (False, True)]
+    assert held.free() == "GPU-a"
+    held.jobs, held.given = over, ["GPU-a", "GPU-b"]  # the second died
+    assert held.free() == "GPU-b"
+
+
+def test_a_process_sees_its_device_alone(tmp_path, monkeypatch):
+    study = planned(tmp_path)
+    folder = rundir.launches_folder(study) / "x"
+    folder.mkdir(parents=True)
+    code = f"""
+import os
+from sweep import worker
+worker.serve({str(study)!r}, [], {str(folder)!r}, None, "MIG-7c/1/0")
+print(os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "MIG-7c/1/0\n"
 
 
 def test_a_worker_that_cannot_start_ends_the_launch(tmp_path, monkeypatch, capsys):

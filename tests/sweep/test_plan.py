@@ -390,12 +390,20 @@ def test_the_bill_is_the_sum_of_the_rows(tmp_path):
     assert len({row["flops_measure"] for row in stage(found, "evaluation") if row["protocol"] == "reconstruction"}) == 3
 
 
+def test_the_grid_of_the_readme_plans(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "grid.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    planned = planning.plan(load(tmp_path / "grid.yaml"), tmp_path)
+    assert planned.stages.keys() == {"tokenizer", "generator", "evaluation"}
+    assert planned.refusal() is None
+
+
 def test_what_is_done_is_not_to_do_and_its_throughput_prices_the_rest(tmp_path):
     file = grid(tmp_path)
     before = planning.plan(load(file), tmp_path)
     done, other = stage(rows(tmp_path), "generator")[:2]
     for row, points in ((done, done["points"]), (other, other["points"][:1])):
-        status = {"run_id": row["run_id"], "state": "done", "points": points, "encoded": []}
+        status = {"run_id": row["run_id"], "state": "done", "points": points}
         rundir.atomic_write(before.study, rundir.status_file(before.study, row["run_id"]), status)
     after = planning.plan(load(file), tmp_path)
     assert after.stages["generator"].done == 1

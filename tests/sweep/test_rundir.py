@@ -189,14 +189,20 @@ def test_status_survives_a_torn_file(study):
 
 
 def test_an_extended_run_is_unfinished_again(study):
-    done = {"state": "done", "points": [100, 200], "encoded": [200]}
-    assert rundir.finished(done, [100], [])
-    assert rundir.finished(done, [100, 200], [200])
-    assert rundir.finished({"state": "done"}, None, None)
-    assert not rundir.finished(done, [100, 200, 400], [200])
-    assert not rundir.finished(done, [100, 200], [100, 200])
-    assert rundir.finished({"state": "diverged"}, [100], [])
-    assert not rundir.finished({"state": "cancelled"}, [], [])
+    done = {"run_id": RUN, "state": "done", "points": [100, 200]}
+    codes = rundir.codes_folder(study, f"{RUN}@200", "0" * 64)
+    rundir.atomic_write(study, codes / "manifest.json", {})
+    rundir.atomic_write(study, rundir.codes_folder(study, f"{RUN}@100", "0" * 64) / "train.npy", b"")  # half a cache
+    assert rundir.encoded(study, RUN) == {200}
+    assert rundir.finished(study, done, [100], [])
+    assert rundir.finished(study, done, [100, 200], [200])
+    assert rundir.finished(study, {"state": "done"}, None, None)
+    assert not rundir.finished(study, done, [100, 200, 400], [200])
+    assert not rundir.finished(study, done, [100, 200], [100, 200])
+    assert rundir.finished(study, {"state": "diverged"}, [100], [])
+    assert not rundir.finished(study, {"state": "cancelled"}, [], [])
+    (codes / "manifest.json").unlink()  # codes can be made again, so they may be deleted
+    assert not rundir.finished(study, done, [100, 200], [200])
 
 
 def test_the_journal_appends_one_json_object_per_line(study):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -133,7 +134,7 @@ def test_codes_are_cached_where_generators_look(study):
     (tokenizer,) = runs(study, "tokenizer")
     (generator,) = runs(study, "generator")
     config = rundir.config(study, generator)
-    assert rundir.status(study, tokenizer)["encoded"] == [20]
+    assert rundir.encoded(study, tokenizer) == {20}
     assert (worker.codes_of(study, f"{tokenizer}@20", config) / "manifest.json").exists()
     assert identity.split_checkpoint(config["upstream"]["tokenizer"]) == (tokenizer, 20)
 
@@ -198,7 +199,7 @@ def test_a_point_can_be_added_to_a_finished_run(study, tmp_path):
     assert worker.work(longer, tokenizer, Stop()) == "done"
     status = rundir.status(longer, tokenizer)
     assert status["points"] == [10, 20, 40]
-    assert status["encoded"] == [40]
+    assert rundir.encoded(longer, tokenizer) == {20, 40}
     assert status["spent"]["steps"] == 22 + (40 - 16)
     assert weights(longer, tokenizer, 20) == weights(study, tokenizer, 20)
 
@@ -221,6 +222,55 @@ def test_divergence_is_a_result_and_blocks_what_builds_on_it(tmp_path):
     assert "attempt" not in status
     (measurement, *_) = runs(study, "evaluation")
     assert worker.work(study, measurement, Stop()) == "blocked"
+
+
+def test_codes_that_were_deleted_are_made_again(tmp_path):
+    study = planned(tmp_path)
+    (tokenizer,), (generator,) = runs(study, "tokenizer"), runs(study, "generator")
+    assert worker.work(study, tokenizer, Stop()) == "done"
+    codes = worker.codes_of(study, f"{tokenizer}@20", rundir.config(study, generator))
+    held = {path.name: path.read_bytes() for path in codes.iterdir()}
+    killed = codes.parent / f".{codes.name}.0123456789ab"
+    shutil.copytree(codes, killed)  # left by a process that died while encoding
+    shutil.rmtree(codes)
+    assert worker.work(study, generator, Stop()) == "blocked"
+    assert "codes of" in rundir.status(study, generator)["reason"]
+    assert worker.work(study, tokenizer, Stop()) == "done"
+    assert {path.name: path.read_bytes() for path in codes.iterdir()} == held
+    assert not killed.exists()
+    assert rundir.status(study, tokenizer)["spent"]["steps"] == 22  # nothing was trained again
+
+
+def test_a_run_waits_for_one_of_its_own_launch_and_for_no_other(tmp_path):
+    study = planned(tmp_path)
+    (tokenizer,), (generator,) = runs(study, "tokenizer"), runs(study, "generator")
+    assert worker.work(study, generator, Stop(), siblings={tokenizer, generator}) == "early"
+    assert rundir.status(study, generator)["state"] == "planned"
+    rundir.mark(study, tokenizer, "failed", "code: x")
+    assert worker.work(study, generator, Stop(), siblings={tokenizer, generator}) == "blocked"
+
+
+def test_what_a_failed_attempt_trained_is_on_the_bill(tmp_path, monkeypatch):
+    from models import checkpoint
+
+    study = planned(tmp_path)
+    (tokenizer,) = runs(study, "tokenizer")
+
+    def broken(self: checkpoint.Checkpoints, point: int, *_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "save_point", broken)
+        assert worker.work(study, tokenizer, Stop()) == "failed"
+    (row,) = rows(study, "runs")
+    assert row["steps"] == rundir.status(study, tokenizer)["spent"]["steps"] == 10  # to the first point, saved nowhere
+    assert row["flops_per_s"] > 0
+    rundir.mark(study, tokenizer, "planned")
+    assert worker.work(study, tokenizer, Stop()) == "done"
+    config = rundir.config(study, tokenizer)
+    (row,) = rows(study, "runs")
+    assert row["steps"] == 10 + 22
+    assert row["flops_paid"] == 32 * config["plan"]["flops_per_step"]
 
 
 def test_a_failure_keeps_its_traceback_and_the_process(study, tmp_path, capsys):
