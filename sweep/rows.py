@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -328,7 +327,6 @@ def _pathless(extractor: str) -> str:
     return extractor.partition(":")[0] if weights_file(extractor) and ":" in extractor else extractor
 
 
-@functools.cache
 def weights_hash(extractor: str) -> str | None:
     """12 hex digits of the SHA-256 of an extractor's weights file; None where there is no file to look at."""
     file = weights_file(extractor)
