@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +60,16 @@ class Codes(Protocol):
     def draw(self, split: Split, position: int, count: int, seed: int, device: str = "cpu") -> Batch: ...
 
 
+class Stopped(Exception):
+    """Asked to stop; what was measured so far is of no use."""
+
+
 @dataclass
 class Measurement:
-    """Rows for ``curves`` and ``images``, and the seconds that each part took."""
+    """Rows for ``curves`` and ``images``, and the seconds that each part took. Each part asks first whether to stop."""
 
     shared: Row
+    should_stop: Callable[[], bool]
     rows: list[Row] = field(default_factory=list)
     images: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -86,6 +91,8 @@ class Measurement:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
+        if self.should_stop():
+            raise Stopped(part)
         began = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
@@ -117,6 +124,7 @@ def evaluate_tokenizer(
     cache: Path | None = None,
     device: str = "cpu",
     batch: int = BATCH,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Measurement:
     """Reconstruction of held-out images, use of the codebook, Frechet distances to both references, and data floors.
 
@@ -124,9 +132,9 @@ def evaluate_tokenizer(
     codebook of as many held-out views as a code cache holds. ``fid_data`` and ``fid_train`` compare real images with
     the training reference: held-out ones, and a training draw of another seed. A deterministic tokenizer has nothing
     to sample, so ``seed`` is recorded and changes nothing. ``batch`` images are encoded at a time. ValueError as
-    ``models.fidelity.features`` raises it.
+    ``models.fidelity.features`` raises it, ``Stopped`` when ``should_stop`` says so between two batches.
     """
-    made = Measurement({"weights": protocol.weights, "seed": seed})
+    made = Measurement({"weights": protocol.weights, "seed": seed}, should_stop)
     count, views = protocol.samples, images.fields.images_cached("heldout")
     rebuilt, index = Features(protocol.extractors, device), []
     pixel: dict[str, list[Tensor]] = {"mse": [], "psnr": [], "ssim": []}
@@ -224,17 +232,18 @@ def evaluate_generator(
     cache: Path | None = None,
     device: str = "cpu",
     batch: int = BATCH,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Measurement:
     """Code lengths of both splits, sample metrics in every space, and how much of the training set comes back.
 
     Several scales in ``protocol.guidance`` are compared on ``search_samples`` samples of one random stream by the
     Frechet distance in the first space (rows ``fid_search``); the best is measured on ``samples`` of another.
     ``guidance_edge`` is 1 when it is the lowest or the highest candidate. Both streams are derived from ``seed``.
-    ``batch`` images are decoded at a time.
+    ``batch`` images are decoded at a time. ``Stopped`` when ``should_stop`` says so between two batches.
     """
     if protocol.neighbours >= protocol.samples:
         raise ValueError(f"neighbours: {protocol.neighbours} has to be less than samples, {protocol.samples}")
-    made = Measurement({"weights": protocol.weights, "seed": seed})
+    made = Measurement({"weights": protocol.weights, "seed": seed}, should_stop)
     with _measuring(generator, tokenizer):
         with made.timed("nll"):
             for split in ("heldout", "train"):

@@ -142,15 +142,18 @@ def measure(attempt: Attempt) -> Ended:
     device = training.device_of(attempt.runtime)
     loaded = _loaded(study, json.dumps(_needed(study, config)), device)
     options = {"seed": config["seed"], "cache": rundir.references_folder(study), "device": device}
-    options["batch"] = attempt.runtime.measure_batch
-    if protocol.of == "tokenizer":
-        made = evaluation.evaluate_tokenizer(loaded.modules["tokenizer"], loaded.images, protocol, **options)
-    elif protocol.of == "generator":
-        assert loaded.codes is not None
-        modules = loaded.modules["generator"], loaded.modules["tokenizer"]
-        made = evaluation.evaluate_generator(*modules, loaded.images, loaded.codes, protocol, **options)
-    else:
-        raise ValueError(f"protocol.of: got {protocol.of!r}; allowed: tokenizer, generator")
+    options |= {"batch": attempt.runtime.measure_batch, "should_stop": attempt.should_stop}
+    try:
+        if protocol.of == "tokenizer":
+            made = evaluation.evaluate_tokenizer(loaded.modules["tokenizer"], loaded.images, protocol, **options)
+        elif protocol.of == "generator":
+            assert loaded.codes is not None
+            modules = loaded.modules["generator"], loaded.modules["tokenizer"]
+            made = evaluation.evaluate_generator(*modules, loaded.images, loaded.codes, protocol, **options)
+        else:
+            raise ValueError(f"protocol.of: got {protocol.of!r}; allowed: tokenizer, generator")
+    except evaluation.Stopped as stopped:
+        return Ended("cancelled", f"asked to stop before it measured {stopped}")
     plan, checkpoint = config["plan"], {"checkpoint": config["checkpoint"], "step": config["point"]}
     shared = {**checkpoint, "protocol": config["protocol_name"], "protocol_id": config["protocol_id"]}
     shared |= {"images": plan["images"], "epochs": plan["epochs"], "flops": plan["flops_to_point"]}

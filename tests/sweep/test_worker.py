@@ -190,6 +190,36 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(study, tmp_path, monkeypatc
     assert not tables.verify(other)
 
 
+def test_a_measurement_stops_between_batches_and_is_made_again(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("sweep.attempt.POLL_S", 0.0)
+    other = planned(tmp_path)
+    (tokenizer,), (generator,) = runs(other, "tokenizer"), runs(other, "generator")
+    for run_id in (tokenizer, generator):
+        assert worker.work(other, run_id, Stop()) == "done"
+    for run_id in runs(other, "evaluation"):
+        assert worker.work(other, run_id, After(2)) == "cancelled"
+        assert "asked to stop before it measured" in rundir.status(other, run_id)["reason"]
+        rundir.mark(other, run_id, "planned")
+        assert worker.work(other, run_id, Stop()) == "done"
+
+    def measured(folder: Path) -> list[tuple[Any, ...]]:
+        held = [row for row in rows(folder, "curves") if row["run_id"].startswith("v")]
+        return sorted(
+            (
+                row["run_id"],
+                row["metric"],
+                str(row["extractor"]),
+                str(row["guidance"]),
+                str(row["reference"]),
+                str(row["split"]),
+                row["value"],
+            )
+            for row in held
+        )
+
+    assert measured(other) == measured(study)
+
+
 def test_a_point_can_be_added_to_a_finished_run(study, tmp_path):
     other = planned(tmp_path, points="[10, 20]")
     (tokenizer,) = runs(other, "tokenizer")
