@@ -7,29 +7,35 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import load, report, study
 from analysis import prediction as foretold
-from analysis.arms import named, words
+from analysis.arms import envelope_table, named, words
 from analysis.report import Results
 from analysis.theme import (
+    FILL,
     GREY,
     MARKERS,
     WIDTH,
     Caption,
+    Gate,
     Missing,
     below,
     caption,
     colours,
     direct_labels,
-    is_flagged,
+    gate_markers,
+    gates_by_seed,
     log_axis,
     marker,
+    verdict,
 )
 
 BAR: dict[str, Any] = {"linewidth": 6, "alpha": 0.3, "solid_capstyle": "butt"}
+REACH = 4.0  # outcomes further off their prediction than this factor are arrows at the edge
 
 
 def gate(results: Results) -> tuple[Figure, Caption]:
@@ -45,10 +51,10 @@ def gate(results: Results) -> tuple[Figure, Caption]:
     rng = np.random.default_rng(0)
     for row in codes.iter_rows(named=True):
         colour = palette[row["rate"]]
-        face = "none" if is_flagged(row["gate"]) else colour
+        fill = FILL[verdict([row["gate"]])]
         if row["perplexity_share"] is not None:
             x = rates.index(row["rate"]) + 0.12 * rng.uniform(-1, 1)
-            left.plot(x, row["perplexity_share"], "o", color=colour, markerfacecolor=face, markersize=5)
+            left.plot(x, row["perplexity_share"], "o", color=colour, fillstyle=fill, markersize=5)
     left.axhspan(0, load.COLLAPSED, color="0.93", zorder=0)
     left.set_xticks(range(len(rates)), rates)
     left.set(
@@ -61,9 +67,9 @@ def gate(results: Results) -> tuple[Figure, Caption]:
     ends = []
     for row in trained.iter_rows(named=True):
         colour = palette[row["rate"]]
-        face = "none" if is_flagged(row["gate"]) else colour
+        fill = FILL[verdict([row["gate"]])]
         right.plot([0, 1], [row[half], row[final]], "-", color=colour, linewidth=1.0, alpha=0.8)
-        right.plot([0, 1], [row[half], row[final]], "o", color=colour, markerfacecolor=face, markersize=4.5)
+        right.plot([0, 1], [row[half], row[final]], "o", color=colour, fillstyle=fill, markersize=4.5)
     for rate in study.arms(trained) if len(trained) else []:
         last = trained.filter(pl.col("rate") == rate)
         change = float(last["rfid_change"].mean())  # type: ignore[arg-type]
@@ -76,15 +82,20 @@ def gate(results: Results) -> tuple[Figure, Caption]:
         log_axis(right, "y", min(values), max(values))
         right.set_xlim(-0.25, 1.25)
         direct_labels(right, ends)
-    if held.flagged:
-        below(figure, [marker("o", "passes", colour=GREY), marker("o", "flagged", filled=False)])
+    else:
+        right.set_yticks([])
+        right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center", color=GREY)
+    if marks := gate_markers(held):
+        below(figure, [marker("o", "passes"), *marks])
+    count = report.images(results, "tokenizer", "perplexity")
     text = (
         "Gate of the tokenizers that generators train on, one marker per tokenizer seed. (a) Perplexity of the "
-        f"codes of held-out images over codebook size; below {load.COLLAPSED:g} a tokenizer is flagged as collapsed. "
+        f"codes of {count} held-out images over codebook size; below {load.COLLAPSED:g} a tokenizer is flagged as "
+        "collapsed. "
         "(b) rFID after half and all of training, with its change as a share of the decoder's gFID floor (the largest "
         f"of any extractor, mean over seeds); above {load.UNCONVERGED:.0%} a tokenizer is flagged as unconverged."
     )
-    return figure, caption(results, "Tokenizer gate", text, main, len(codes))
+    return figure, caption(results, "Tokenizer gate", text, len(codes), of="tokenizer", extractors=[main])
 
 
 def extractors(results: Results) -> tuple[Figure, Caption]:
@@ -102,10 +113,10 @@ def extractors(results: Results) -> tuple[Figure, Caption]:
     sizes = points.sort("params_core", nulls_last=True)["generator_size"].unique(maintain_order=True).to_list()
     figure, axes = plt.subplots(figsize=(WIDTH * 0.62, 3.5))
     looks = points.group_by("rate", "generator_size", "tokenizer_gate", maintain_order=True)
-    for (rate, size, flag), rows in looks:
+    for (rate, size, gate), rows in looks:
         colour, shape = palette[str(rate)], MARKERS[sizes.index(size) % len(MARKERS)]
-        face = "none" if is_flagged(flag) else colour
-        axes.plot(rows[first], rows[second], shape, color=colour, markerfacecolor=face, markersize=4, alpha=0.8)
+        fill = FILL[verdict([str(gate) if gate else None])]
+        axes.plot(rows[first], rows[second], shape, color=colour, fillstyle=fill, markersize=4, alpha=0.8)
     log_axis(axes, "x", float(points[first].min()), float(points[first].max()))  # type: ignore[arg-type]
     log_axis(axes, "y", float(points[second].min()), float(points[second].max()))  # type: ignore[arg-type]
     axes.set(xlabel=words(first), ylabel=words(second))
@@ -114,14 +125,12 @@ def extractors(results: Results) -> tuple[Figure, Caption]:
     axes.set_title(agreed, fontweight="normal")
     handles = [marker("o", rate, colour=palette[rate]) for rate in study.arms(points)]
     figure.legend(handles=handles, loc="outside right center", title="rate")
-    below(figure, [marker(MARKERS[i % len(MARKERS)], size) for i, size in enumerate(sizes)])
+    below(figure, [marker(MARKERS[i % len(MARKERS)], size) for i, size in enumerate(sizes)], gate_markers(held))
     text = (
         "gFID of the same samples by two extractors, each against the same reference images; one marker per point. "
         f"{agreed}{': ' + found[0].method if found else ''}."
     )
-    return figure, caption(
-        results, "Agreement of the extractors", text, " and ".join(map(named, held.extractors[:2])), len(points)
-    )
+    return figure, caption(results, "Agreement of the extractors", text, len(points), extractors=held.extractors[:2])
 
 
 def prediction(results: Results) -> tuple[Figure, Caption]:
@@ -140,18 +149,19 @@ def prediction(results: Results) -> tuple[Figure, Caption]:
         rows = frame.filter(pl.col("metric") == metric).to_dicts()
         axes.axhline(1.0, color=GREY, linewidth=0.8, zorder=0)
         reach = 1.05
+        for row in rows:
+            near = [row["outcome"], row["low"], row["high"], *row["by_seed"]]
+            ratios = [value / row["predicted"] for value in near if value]
+            reach = min(max(reach, *(max(ratio, 1 / ratio) for ratio in ratios)), REACH) if ratios else reach
+        log_axis(axes, "y", 1 / reach, reach)
         for x, row in enumerate(rows):
             colour, predicted = palette.get(row["rate"], "black"), row["predicted"]
-            ratios = [value / predicted for value in row["by_seed"]]
             if row["low"] is not None:
                 axes.plot([x, x], [row["low"] / predicted, row["high"] / predicted], color=colour, **BAR)
-                ratios += [row["low"] / predicted, row["high"] / predicted]
-            axes.plot([x] * len(row["by_seed"]), ratios[: len(row["by_seed"])], "o", color=colour, markersize=3)
+            for gate, value in _outcomes(results, row):
+                _within(axes, x, value / predicted, "o", colour, fillstyle=FILL[gate], markersize=3)
             if row["outcome"] is not None:
-                axes.plot(x, row["outcome"] / predicted, "D", color="black", markersize=4.5, zorder=5)
-            reach = max(reach, *(max(r, 1 / r) for r in ratios if r > 0), 1.0)
-        reach = min(reach, 4.0)
-        log_axis(axes, "y", 1 / reach, reach)
+                _within(axes, x, row["outcome"] / predicted, "_", "black", markersize=13, markeredgewidth=1.6)
         axes.set_xticks(range(len(rows)), [f"{row['rate']}\n{row['predicted']:.3g}" for row in rows], fontsize=7)
         axes.set(xlim=(-0.6, len(rows) - 0.4), xlabel="rate and prediction")
         axes.set_title(words(metric), fontsize=8)
@@ -159,16 +169,62 @@ def prediction(results: Results) -> tuple[Figure, Caption]:
     handles = [
         Line2D([], [], color=GREY, label="95 % interval", **BAR),
         marker("o", "outcome, tokenizer seeds"),
-        marker("D", "outcome, mean", colour="black"),
+        marker("_", "outcome, mean", colour="black"),
     ]
-    below(figure, handles)
+    below(figure, handles + gate_markers(held))
     row = frame.row(0, named=True)
     late = "after" if frame["outcome_known"].any() else "before"
-    known = frame.filter(pl.col("inside").is_not_null())
+    seen = frame.filter(pl.col("by_seed").list.len() > 0)
+    known = seen.filter(pl.col("inside").is_not_null())
+    partial = len(seen.filter(pl.col("inside").is_null(), pl.col("low").is_not_null()))
+    came = [f"{known['inside'].sum()} of {len(known)} outcomes lie inside."] if len(known) else []
+    came += [f"{partial} outcome{'s are' if partial > 1 else ' is'} incomplete."] if partial else []
+    came = came or ["No outcome has been measured yet."]
+    used = [f"{value:.3g}" for value in frame["largest_used"].drop_nulls().unique().sort()]
+    ways: dict[str, dict[str, list[str]]] = {}  # method -> metric -> rates
+    for each in frame.iter_rows(named=True):
+        ways.setdefault(each["method"], {}).setdefault(words(each["metric"]), []).append(each["rate"])
+    methods = [
+        f"{method} ({'; '.join(f'{metric} of ' + ', '.join(rates) for metric, rates in which.items())})"
+        for method, which in ways.items()
+    ]
     text = (
-        f"Prediction of the largest budget ({row['flops']:.3g} FLOPs) from those up to {row['largest_used']:.3g}, "
+        f"Prediction of the largest budget ({row['flops']:.3g} FLOPs) from those up to {' or '.join(used)}, "
         f"written {row['written']:%Y-%m-%d %H:%M} UTC at commit {(row['commit'] or 'unknown')[:12]}, {late} the "
-        f"outcome was known. Bar: 95 % interval for the mean of these tokenizers ({row['method']}). "
-        f"{known['inside'].sum()} of {len(known)} outcomes lie inside."
+        f"outcome was known. Bar: 95 % interval for the mean of these tokenizers. {' '.join(came)} An outcome off the "
+        f"axis is an arrow at its edge, with the ratio. Methods: {'; '.join(methods)}."
     )
-    return figure, caption(results, "Prediction and outcome", text, None, len(frame))
+    compared = [metric.removeprefix("fid_") for metric in metrics if metric.startswith("fid_")]
+    return figure, caption(results, "Prediction and outcome", text, len(frame), extractors=compared)
+
+
+def _outcomes(results: Results, row: dict[str, Any]) -> list[tuple[Gate, float]]:
+    """What each tokenizer seed gave at the predicted budget, with the verdict on that tokenizer."""
+    found: list[tuple[Gate, float]] = []
+    for arm in results.of(row["metric"]).arms:
+        if arm.rate == row["rate"]:
+            table = envelope_table(arm)
+            gates = gates_by_seed(results.held)[arm.rate]
+            at = table[table["budget"] == row["flops"]]
+            found += [(verdict([gates.get(seed)]), y) for seed, y in zip(at["seed"], at["y"], strict=True)]
+    return found
+
+
+def _within(axes: Axes, x: float, ratio: float, shape: str, colour: Any, **look: Any) -> None:
+    """A marker, or where its ratio lies off the axis an arrow at the edge with the number."""
+    low, high = axes.get_ylim()
+    if low <= ratio <= high:
+        axes.plot(x, ratio, shape, color=colour, **look)
+        return
+    up = ratio > high
+    edge, way = (high, "^") if up else (low, "v")
+    axes.plot(x, edge, way, color=colour, clip_on=False, **{**look, "markersize": 6})
+    if shape == "_":  # of the mean; its seeds lie around it
+        axes.annotate(
+            f"{ratio:.3g}x",
+            (x, edge),
+            xytext=(5, -2 if up else 2),
+            textcoords="offset points",
+            va="top" if up else "bottom",
+            fontsize=7,
+        )

@@ -10,16 +10,25 @@ left out and said.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from analysis import checks, pictures, report, scaling, study
 from analysis.load import StudyError
@@ -46,15 +55,63 @@ def drawings(held: study.Study) -> dict[str, Drawing]:
     return dict(sorted(found.items()))
 
 
+def _short(values: Iterable[Any]) -> list[float | None]:
+    """Numbers to five digits, null where nothing is drawn: no file format has a NaN."""
+    found = [float(value) for value in np.ma.filled(np.ma.asarray(values, np.float64), np.nan)]
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in found]
+
+
+def contents(figure: Figure) -> list[dict[str, Any]]:
+    """What each panel of a figure shows, as numbers and words: labels, lines, rectangles, texts, hashes of pictures."""
+    panels = []
+    for axes in figure.axes:
+        panel: dict[str, Any] = {
+            "title": axes.get_title("left") or axes.get_title(),
+            "x": {"label": axes.get_xlabel(), "limits": _short(axes.get_xlim())},
+            "y": {"label": axes.get_ylabel(), "limits": _short(axes.get_ylim())},
+            "lines": [
+                {
+                    "colour": to_hex(line.get_color()),
+                    "marker": str(line.get_marker()),
+                    "fill": line.get_fillstyle(),
+                    "x": _short(np.asarray(line.get_xdata())[:: _stride(line)]),
+                    "y": _short(np.asarray(line.get_ydata())[:: _stride(line)]),
+                }
+                for line in axes.lines
+            ],
+            "rectangles": [
+                {"colour": to_hex(each.get_facecolor(), keep_alpha=True), "at": _short(each.get_xy())}
+                for each in axes.patches
+                if isinstance(each, Rectangle)
+            ],
+            "texts": [each.get_text() for each in axes.texts],
+            "pictures": [hashlib.sha256(_pixels(each).tobytes()).hexdigest()[:12] for each in axes.images],
+        }
+        panels.append({name: value for name, value in panel.items() if value != []})
+    return panels
+
+
+def _stride(line: Line2D) -> int:
+    """Every point of a line with markers; of a curve, which is smooth, about thirty."""
+    return 1 if line.get_marker() not in ("None", "none", "", None) else max(len(np.asarray(line.get_xdata())) // 30, 1)
+
+
+def _pixels(picture: AxesImage) -> NDArray[Any]:
+    array = picture.get_array()
+    assert array is not None
+    return np.ascontiguousarray(array)
+
+
 def save(figure: Figure, caption: Caption, out: Path, name: str) -> None:
-    """One figure as PNG and SVG, its caption as text and JSON."""
+    """One figure as PNG and SVG, its caption as text, caption and contents as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / f"{name}.png", dpi=DPI)
+    panels = contents(figure)
     figure.set_layout_engine("none")  # placed once; both files agree
     figure.savefig(out / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
     (out / f"{name}.txt").write_text(f"{caption.title}. {caption.text}\n")
-    (out / f"{name}.json").write_text(json.dumps(asdict(caption), indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({**asdict(caption), "panels": panels}) + "\n")
 
 
 def draw(held: study.Study, out: Path, only: str | None = None) -> tuple[list[str], dict[str, str]]:

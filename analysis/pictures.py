@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from analysis import load, study
 from analysis.report import Results
-from analysis.theme import WIDTH, Caption, Missing, caption
+from analysis.theme import ASTERISK, WIDTH, Caption, Missing, caption, verdict
 
 SHOWN = 16  # samples per cell of figure 4
 CELL = 2.2  # inches, side of a cell of figure 4 at most
 COLUMNS = 12  # images per row of figure 5
+SIGNS = ("*", "?")  # behind the rates of flagged tokenizers, and of those whose gate was not measured
 
 
 def _pixels(row: dict[str, Any]) -> NDArray[np.uint8]:
@@ -70,7 +71,7 @@ def samples(results: Results) -> tuple[Figure, Caption]:
     figure, grid = plt.subplots(
         len(rates), len(sizes), figsize=(side * len(sizes) + 0.3, side * len(rates) + 0.3), squeeze=False
     )
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)  # type: ignore[union-attr, call-arg]
+    figure.set_layout_engine("compressed", wspace=0.04, hspace=0.04)
     for i, rate in enumerate(rates):
         for j, size in enumerate(sizes):
             axes = grid[i][j]
@@ -88,15 +89,12 @@ def samples(results: Results) -> tuple[Figure, Caption]:
             if i == 0:
                 axes.set_title(size, loc="center")
             if j == 0:
-                axes.set_ylabel(
-                    rate + (" *" if chosen["tokenizer_gate"] not in (None, "ok") else ""), fontweight="bold"
-                )
+                axes.set_ylabel(rate + ASTERISK[verdict([chosen["tokenizer_gate"]])], fontweight="bold")
     text = (
-        "Unguided samples at the largest compute of each generator size (columns) and tokenizer rate (rows; *: "
-        "flagged), of the first tokenizer seed, one of each class in turn, not chosen. Below each, gFID of all "
-        "samples of that checkpoint."
+        "Samples at the largest compute of each generator size (columns) and tokenizer rate (rows), of the first "
+        "tokenizer seed, one of each class in turn, not chosen. Below each, gFID of all samples of that checkpoint."
     )
-    return figure, caption(results, "Samples", text, held.extractors[0] if held.extractors else None, len(frame))
+    return figure, caption(results, "Samples", text, len(frame), extractors=held.extractors[:1], marks=SIGNS)
 
 
 def reconstructions(results: Results) -> tuple[Figure, Caption]:
@@ -116,12 +114,13 @@ def reconstructions(results: Results) -> tuple[Figure, Caption]:
     for row in first.iter_rows(named=True):
         made = frame.filter(pl.col("checkpoint") == row["tokenizer"], pl.col("kind") == "reconstruction").sort("index")
         value = f"rFID {row[main]:.3g}" if row.get(main) is not None else ""
-        rows.append((row["rate"] + (" *" if row["gate"] not in (None, "ok") else ""), value, made))
+        rows.append((row["rate"] + ASTERISK[verdict([row["gate"]])], value, made))
     rows = [row for row in rows if not row[2].is_empty()]
     count = max(len(shown), 1)
     figure, grid = plt.subplots(
         len(rows), 1, figsize=(WIDTH, 0.3 + len(rows) * (WIDTH - 1.6) / count * 1.08), squeeze=False
     )
+    figure.set_layout_engine("compressed")  # pictures keep their shape; the labels at both sides need the room
     for axes, (name, value, pictures) in zip(grid[:, 0], rows, strict=True):
         wanted = pictures.unique(subset="index", keep="first", maintain_order=True)
         if shown:
@@ -131,8 +130,8 @@ def reconstructions(results: Results) -> tuple[Figure, Caption]:
         if value:
             axes.annotate(value, (1.015, 0.5), xycoords="axes fraction", va="center", annotation_clip=False, fontsize=8)
     text = (
-        "Held-out images (top) and what each tokenizer makes of them, by rate (*: flagged), first tokenizer seed. "
+        f"{len(shown)} held-out images (top) and what each tokenizer makes of them, by rate, first tokenizer seed. "
         "rFID: decoded against real held-out images."
     )
-    extractor = held.extractors[0] if held.extractors else None
-    return figure, caption(results, "Reconstructions", text, extractor, len(shown))
+    used = held.extractors[:1] if any(value for _, value, _ in rows) else ()
+    return figure, caption(results, "Reconstructions", text, len(shown), of="tokenizer", extractors=used, marks=SIGNS)

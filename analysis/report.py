@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import polars as pl
 
-from analysis import prediction, study, tuning
+from analysis import load, prediction, study, tuning
 from analysis.arms import Arm, named, words
 from analysis.fit import Refusal, compare
 from analysis.frontier import Crossing, Law, arms_of, best, crossings, law
@@ -82,6 +84,14 @@ class Results:
         return [name for name in names if name in columns and self.held.points[name].is_not_null().any()]
 
     @cached_property
+    def numbers(self) -> pl.DataFrame:
+        """How many images or samples lie behind what was measured, but of training images: protocol_id, metric, n."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", load.DamagedPart)  # named when the study was read
+            frame = load.table(self.held.folder, "curves")
+        return frame.filter(pl.col("split").fill_null("") != "train").select("protocol_id", "metric", "n").unique()
+
+    @cached_property
     def laws(self) -> pd.DataFrame:
         return pd.DataFrame([row for metric in self.metrics for row in _law_rows(self.held, self.of(metric))])
 
@@ -146,6 +156,7 @@ def _law_rows(held: study.Study, made: Curves) -> list[dict[str, Any]]:
             "edges": int(found.rows["edge"].sum()),
             "selected_on": "another evaluation seed" if arm.fresh else "the same evaluation seed",
             "interval_method": found.intervals["a"].method,
+            "interval_reason": found.intervals["a"].reason,
             "fit": found.fit.to_json(),
         }
         rows.append(row)
@@ -156,23 +167,49 @@ def _join(items: list[str]) -> str:
     return ", ".join(items[:-1]) + f" and {items[-1]}" if len(items) > 1 else "".join(items)
 
 
+def _seeds(frame: pl.DataFrame, *levels: str) -> str:
+    counts = {level: frame[f"{level}_seed"].n_unique() for level in levels}
+    return _join([f"{number} {level} seed{'s' if number > 1 else ''}" for level, number in counts.items()])
+
+
 def extent(held: study.Study) -> str:
-    """n, seeds, protocol of the main points, as a sentence of captions."""
+    """n and seeds of the main points, as a sentence of captions."""
     points = held.points
-    counts = {
-        "tokenizer": points["tokenizer_seed"].n_unique(),
-        "generator": points["generator_seed"].n_unique(),
-        "evaluation": points["evaluation_seed"].n_unique(),
-    }
-    seeds = _join([f"{number} {level} seed{'s' if number > 1 else ''}" for level, number in counts.items()])
+    if points.is_empty():
+        return f"0 of {held.planned} planned points"
+    budgets, lengths = points["flops_target"].drop_nulls().n_unique(), points["point"].n_unique()
     return (
         f"{len(points)} of {held.planned} planned points: {points['rate'].n_unique()} rates, "
-        f"{points['generator_size'].n_unique()} generator sizes, {points['flops_target'].n_unique()} budgets; {seeds}"
+        f"{points['generator_size'].n_unique()} generator sizes, "
+        f"{f'{budgets} budgets' if budgets else f'{lengths} training lengths'}; "
+        f"{_seeds(points, 'tokenizer', 'generator', 'evaluation')}"
     )
+
+
+def reconstruction(results: Results) -> str:
+    """n, seeds and protocol of the tokenizers that generators train on, as a sentence of captions."""
+    codes = results.held.codes
+    names = _join(codes["protocol"].drop_nulls().unique().sort().to_list())
+    return (
+        f"{len(codes)} tokenizers: {codes['rate'].n_unique()} rates; {_seeds(codes, 'tokenizer', 'evaluation')}; "
+        f"protocol {names}, {images(results, 'tokenizer', 'fid')} held-out images"
+    )
+
+
+def images(results: Results, of: Literal["tokenizer", "generator"], metric: str) -> str:
+    """How many held-out images (or samples) lie behind a metric of ``curves``, in words."""
+    shown = results.held.codes if of == "tokenizer" else results.held.points
+    rows = results.numbers.filter(
+        pl.col("metric") == metric, pl.col("protocol_id").is_in(shown["protocol_id"].unique().to_list())
+    )
+    numbers = rows["n"].drop_nulls().unique().sort().to_list()
+    return " or ".join(f"{number:,}" for number in numbers) or "an unknown number of"
 
 
 def protocol(held: study.Study) -> str:
     """The main protocol's settings, as a sentence of captions."""
+    if held.points.is_empty():
+        return "no generator measured yet"
     row = held.points.row(0, named=True)
     parts = [f"protocol {row['protocol']}"]
     if row["samples"] is not None:
@@ -185,14 +222,36 @@ def protocol(held: study.Study) -> str:
     return ", ".join(parts)
 
 
-def omissions(held: study.Study) -> str:
-    """Which tokenizers are flagged and what was left out, as sentences of captions."""
-    flagged = (
-        f"Flagged tokenizers (open markers): {'; '.join(held.flagged)}." if held.flagged else "No tokenizer flagged."
-    )
+def unmeasured(held: study.Study) -> dict[str, list[str]]:
+    """What of the gate was not measured -> tokenizers without it that are not flagged either, as "16x64 s0"."""
+    known = held.codes.select("rate", "tokenizer_seed", "gate")
+    bare = held.points.filter(pl.col("tokenizer_gate").is_null())
+    bare = bare.select("rate", "tokenizer_seed", pl.lit("gate not measured").alias("gate"))
+    found: dict[str, list[str]] = {}
+    for rate, seed, gate in pl.concat([known, bare]).unique(maintain_order=True).iter_rows():
+        words = gate.split(", ")
+        if {"collapsed", "unconverged"} & set(words):
+            continue  # flagged, and named with its gate there
+        for what in words:
+            if what.endswith(" not measured"):
+                found.setdefault(what.removesuffix(" not measured"), []).append(f"{rate} s{seed}")
+    return found
+
+
+def omissions(held: study.Study, marks: tuple[str, str] | None = None) -> str:
+    """Which tokenizers are flagged or unmeasured and what was left out, as sentences of captions.
+
+    ``marks``: how a figure draws the one and the other.
+    """
+    flagged, half = (f" ({mark})" for mark in marks) if marks else ("", "")
+    gates = [f"Flagged tokenizers{flagged}: {'; '.join(held.flagged)}."] if held.flagged else []
+    gates += [
+        f"{what.capitalize()} not measured for {'; '.join(names)}{half}." for what, names in unmeasured(held).items()
+    ]
+    gates = gates or ["No tokenizer flagged."]
     left = "; ".join(f"{number} {reason}" for reason, number in held.left_out.items())
     damaged = f" Damaged files left out: {len(held.damaged)}." if held.damaged else ""
-    return f"{flagged} Left out of fits: {left or 'nothing'}.{damaged}"
+    return f"{' '.join(gates)} Left out of fits: {left or 'nothing'}.{damaged}"
 
 
 def text(results: Results) -> str:
@@ -209,8 +268,8 @@ def text(results: Results) -> str:
         "## Which rate wins",
         "",
     ]
-    lines += ["Each contrast at 95 %, paired by tokenizer seed, not corrected for how many there are.", ""]
-    main = results.of(held.main)
+    if len(results.best_rates) and results.best_rates["seeds"].max() > 1:
+        lines += ["Each contrast at 95 %, paired by tokenizer seed, not corrected for how many there are.", ""]
     lines += _winners(results)
     told: list[Crossing] = []
     for metric in results.metrics:
@@ -222,7 +281,9 @@ def text(results: Results) -> str:
     lines += ["", "## Crossings", "", *dict.fromkeys(f"- {each.sentence()}" for each in told)]
     lines.append("- Every pair is in crossings.parquet.")
     lines += ["", "## Laws", ""]
-    lines += ["Intervals are 95 %, over tokenizer seeds; in brackets, given these tokenizers.", ""]
+    laws = [found for metric in results.metrics for found in results.of(metric).laws.values()]
+    over = methods(found.intervals["a"] for found in laws)
+    lines += [f"Intervals are 95 % ({'; '.join(over)}); in brackets, given these tokenizers.", ""] if over else []
     for metric in results.metrics:
         for rate, found in results.of(metric).laws.items():
             sure = "" if found.identified else "; **exponent not identified**"
@@ -251,11 +312,13 @@ def text(results: Results) -> str:
         for row in prediction.outcome(held, pl.read_parquet(path)).iter_rows(named=True):
             lines.append(f"- {_foretold(row)}")
     lines += [f"- {line}" for line in held.damaged]
-    lines += [
-        "",
-        f"Method: {next(iter(main.laws.values())).intervals['a'].method}." if main.laws else "No law was fitted.",
-    ]
+    lines += [] if laws else ["", "No law was fitted."]
     return "\n".join(lines) + "\n"
+
+
+def methods(intervals: Iterable[Interval]) -> list[str]:
+    """The distinct methods of intervals that there are."""
+    return list(dict.fromkeys(each.method for each in intervals if each.low is not None and each.high is not None))
 
 
 def _ends(interval: Interval) -> str:
@@ -388,9 +451,11 @@ def _foretold(row: dict[str, Any]) -> str:
         return f"{what}: not predicted, {row['refused']}."
     ends = "no interval" if row["low"] is None else f"[{row['low']:.3g}, {row['high']:.3g}]"
     if row["outcome"] is None:
-        came = "not measured yet"
+        came = "outcome incomplete" if row["by_seed"] else "not measured yet"
     else:
         inside = "" if row["inside"] is None else ", inside" if row["inside"] else ", outside"
+        if row["inside"] is None and row["low"] is not None:
+            inside = ", outcome incomplete"
         came = f"came out {row['outcome']:.3g} ({row['outcome'] / row['predicted'] - 1:+.1%}{inside})"
     late = " (written after the outcome)" if row["outcome_known"] else ""
     return f"{what}: predicted {row['predicted']:.3g} {ends}{late}; {came}."

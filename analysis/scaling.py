@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,23 +18,30 @@ from matplotlib.ticker import NullLocator
 
 from analysis import report, study
 from analysis.arms import envelope_table, named, words
+from analysis.frontier import Law
 from analysis.report import Curves, Results
 from analysis.theme import (
+    ASTERISK,
+    FILL,
     GREY,
     MARKERS,
     WIDTH,
     Caption,
+    Gate,
     Missing,
     below,
     bits,
     caption,
     colours,
     direct_labels,
-    is_flagged,
+    gate_markers,
+    gates_by_seed,
     log_axis,
     marker,
     power,
+    verdict,
 )
+from analysis.uncertainty import WIDE_RATIO
 
 DODGE = 0.035  # markers of neighbouring rates are shifted by this share of their compute
 
@@ -55,28 +63,28 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
     palette = colours(held.rates)
     sizes = _sizes(held)
     ends: list[tuple[float, str, Any]] = []
-    lowest, highest = float(points[metric].min()), float(points[metric].max())  # type: ignore[arg-type]
+    heights: list[float] = points[metric].to_list()  # everything that is drawn, for the axis
     rates = study.arms(points)
     for i, rate in enumerate(rates):
         rows = points.filter(pl.col("rate") == rate)
         colour = palette[rate]
         dodge = (1 + DODGE) ** (i - (len(rates) - 1) / 2)
         # points that look alike are one artist: a study has thousands of them
-        alike: dict[tuple[str, bool, bool], list[tuple[float, float]]] = {}
+        alike: dict[tuple[str, bool, Gate], list[tuple[float, float]]] = {}
         chosen = _on_envelope(curves, rate)
         for row in rows.iter_rows(named=True):
             on = (row["tokenizer_seed"], row["flops_target"], row["generator_size"]) in chosen
             shape = "x" if row["past_minimum"] else MARKERS[sizes.index(row["generator_size"]) % len(MARKERS)]
-            look = shape, on, is_flagged(row["tokenizer_gate"])
+            look = shape, on, verdict([row["tokenizer_gate"]])
             alike.setdefault(look, []).append((row["flops_to_point"] * dodge, row[metric]))
-        for (shape, on, flagged), places in alike.items():
+        for (shape, on, gate), places in alike.items():
             axes.plot(
                 *zip(*places, strict=True),
                 marker=shape,
                 markersize=4.2 if on else 3.0,
                 color=colour,
-                markerfacecolor="none" if flagged else colour,
-                markeredgewidth=0.8 if flagged or shape == "x" else 0.0,
+                fillstyle=FILL[gate],
+                markeredgewidth=0.0 if gate == "passes" and shape != "x" else 0.8,
                 alpha=0.95 if on else 0.3,
                 linestyle="",
                 zorder=3 if on else 2,
@@ -86,13 +94,19 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
             style: Any = "-" if law.identified else (0, (4, 1.6)) if law.misfit.fits else (0, (1, 0.6, 4, 0.6))
             line = law.line()
             axes.plot(*line, color=colour, linestyle=style, linewidth=None if law.misfit.fits else 1.0, zorder=4)
+            heights += [*line[1]]
             if law.drawn:
+                heights += [*law.low, *law.high]
                 axes.fill_between(law.grid, law.low, law.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
                 for edge in (law.low, law.high):
                     axes.plot(law.grid, edge, color=colour, linewidth=0.5, alpha=0.5, zorder=1)
             elif law.misfit.fits and len(law.by_seed) > 1:
-                for curve in law.by_seed:
-                    axes.plot(law.grid, curve, color=colour, linewidth=0.6, alpha=0.8, zorder=3)
+                for seed, curve in zip(law.arm.seeds, law.by_seed, strict=True):
+                    own = law.rows.loc[law.rows["seed"] == seed, "x"]
+                    # within the seed's own points: beyond them its law is nobody's measurement
+                    within = (law.grid >= 0.99 * own.min()) & (law.grid <= 1.01 * own.max()) & np.isfinite(curve)
+                    axes.plot(law.grid[within], curve[within], color=colour, linewidth=0.6, alpha=0.8, zorder=3)
+                    heights += [*curve[within]]
             mark = "" if law.identified else "\u2009*" if law.misfit.fits else "\u2009\u2020"
             ends.append((float(line[1][-1]), bits(held, rate) + mark, colour))
         else:
@@ -101,9 +115,9 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
         limit = report.floor(held, rate, metric)
         if limit is not None:
             axes.axhline(limit, color=colour, linestyle=":", linewidth=1.0, zorder=1)
-            lowest = min(lowest, limit)
+            heights.append(limit)
     log_axis(axes, "x", float(points["flops_to_point"].min()), float(points["flops_to_point"].max()))  # type: ignore[arg-type]
-    log_axis(axes, "y", lowest, highest)
+    log_axis(axes, "y", min(heights), max(heights))
     for each in curves.frontier:
         if each.verdict == "crossing" and each.flops is not None and each.flops.low and each.flops.high:
             height = curves.laws[each.first].at(each.flops.estimate)
@@ -160,25 +174,51 @@ def generation(results: Results, extractor: str) -> tuple[Figure, Caption]:
         lines.append(Line2D([], [], color=GREY, linestyle=":", label="decoder floor"))
     if points["past_minimum"].any():
         lines.append(marker("x", "memorising, not fitted"))
-    if held.flagged:
-        lines.append(marker("o", "flagged tokenizer", filled=False))
-    below(figure, shapes, lines)
+    below(figure, shapes, lines + gate_markers(held))
     curves = results.of(metric)
     meet = [each.sentence() for each in curves.frontier] or [each.sentence() for each in curves.crossings[:3]]
+    laws = [law for made, _ in panels for law in made.laws.values()]
+    formulas = " or ".join(dict.fromkeys(law.fit.formula.replace("x", "C") for law in laws))
+    what = f"gFID by {named(extractor)} against a fixed draw of training images"
+    if with_bits:
+        what += f" (a) and code length of {report.images(results, 'generator', 'nll_bits')} held-out images (b)"
     text = (
-        f"gFID by {named(extractor)} against a fixed draw of training "
-        f"images{' (a) and held-out code length (b)' * with_bits} against generator training compute, by tokenizer "
+        f"{what} against generator training compute, by tokenizer "
         "rate. Marker shape: generator size (rates are shifted sideways by a few per cent); strong markers lie on "
-        "the lower envelope over sizes of their tokenizer seed, to which y = E + A C^-a is fitted (log residuals). "
-        "Bands: 95 % over tokenizer seeds, drawn where they are narrower than a factor of 3 throughout; otherwise thin "
-        "lines show the seeds. Dashed: exponent not identified (interval wider than 30 % of it). With a dagger: budget "
+        "the lower envelope over sizes of their tokenizer seed"
+        f"{f', to which {formulas} is fitted (log residuals)' if laws else ''}. {_bands(laws)} "
+        "Dashed: exponent not identified (interval wider than 30 % of it). With a dagger: budget "
         "means lie more than 20 % off the law and further than seeds scatter (F test, p < 0.01); they are joined. "
         "Dotted: Frechet distance of decoded held-out images, what a perfect generator of unseen images would score "
         "(one that reproduces training images can come below it). Black diamonds: identified crossings of the best two "
         "rates. Code length is no quality across rates: a coarser code always "
         f"costs fewer bits. {' '.join(meet)}"
     )
-    return figure, caption(results, "Sample quality and code length against compute", text, extractor, len(points))
+    title = f"Sample quality{' and code length' * with_bits} against compute"
+    return figure, caption(results, title, text, len(points), extractors=[extractor])
+
+
+def _bands(laws: Sequence[Law]) -> str:
+    """What the bands are over, or why there are none, in sentences."""
+    banded = [law for law in laws if np.isfinite(law.high).any()]
+    if not laws:
+        return "No law was fitted."
+    if not banded:
+        reasons = dict.fromkeys(law.intervals["a"].reason or "no standard error" for law in laws)
+        one = all(len(law.arm.seeds) == 1 for law in laws)
+        return f"No bands: {'one tokenizer seed' if one else '; '.join(reasons)}."
+    counts = _span([len(law.arm.seeds) for law in banded])
+    over = "; ".join(report.methods(law.intervals["a"] for law in banded))
+    thin = any(law.misfit.fits and not law.drawn and len(law.arm.seeds) > 1 for law in laws)
+    return (
+        f"Bands: 95 %, {counts} tokenizer seed{'s' * (counts != '1')} ({over}), drawn where they are narrower than a "
+        f"factor of {WIDE_RATIO:g} throughout{'; otherwise thin lines show the seeds' * thin}."
+    )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 # --- figure 2: rate and distortion -------------------------------------------------------------------------------
@@ -214,9 +254,14 @@ def rate_distortion(results: Results, extractor: str) -> tuple[Figure, Caption]:
                 [x for x, _ in there], [row[column]] * len(there), color=palette[row["rate"]], linewidth=0.6, alpha=0.6
             )
             for x, shape in there:
-                face = "none" if is_flagged(row["gate"]) else palette[row["rate"]]
+                tall = shape == "|"  # would else vanish behind the bits that are used, mostly as many
                 axes.plot(
-                    x, row[column], marker=shape, color=palette[row["rate"]], markerfacecolor=face, markersize=4.5
+                    x,
+                    row[column],
+                    marker=shape,
+                    color=palette[row["rate"]],
+                    fillstyle=FILL[verdict([row["gate"]])],
+                    markersize=10 if tall else 4.5,
                 )
         everything = [v for name, _, _ in kinds for v in shown[name].drop_nulls().to_list() if v > 0]
         log_axis(axes, "x", min(everything), max(everything))
@@ -229,12 +274,21 @@ def rate_distortion(results: Results, extractor: str) -> tuple[Figure, Caption]:
             ends = [(float(y), rate, palette[rate]) for rate, _, y in means.iter_rows()]
             direct_labels(axes, ends)
     handles = [marker(shape, label) for _, shape, label in kinds]
-    below(figure, handles + ([marker("o", "flagged", filled=False)] if held.flagged else []))
+    below(figure, handles, gate_markers(held))
+    coded, measured = report.images(results, "tokenizer", "bits_used"), report.images(results, "generator", "nll_bits")
+    meanings = {
+        "bits_nominal": "nominal bits",
+        "bits_used": f"bits that the codes of {coded} held-out images use",
+        "bits_modelled": f"bits that the best of its generators needs for {measured} of them ({report.extent(held)}; "
+        f"{report.protocol(held)})",
+    }
     text = (
-        "Distortion of decoded held-out images against rate, one row of markers per tokenizer seed. Three rates of one "
-        "tokenizer share its height: nominal bits, bits that its codes use, bits that the best generator needs."
+        "Distortion of decoded held-out images against rate, one row of markers per tokenizer seed; grey: means over "
+        "seeds. The rates of one tokenizer share its height: "
+        f"{', '.join(meanings[name] for name, _, _ in kinds)}."
     )
-    return figure, caption(results, "Rate and distortion", text, extractor, len(codes))
+    used = [extractor] if panels[0][0] == f"rfid_{extractor}" else []
+    return figure, caption(results, "Rate and distortion", text, len(codes), of="tokenizer", extractors=used)
 
 
 # --- figure 3: best rate -----------------------------------------------------------------------------------------
@@ -250,8 +304,11 @@ def best_rate(results: Results, extractor: str) -> tuple[Figure, Caption]:
         raise Missing("fewer than two rates have been measured at the same compute with the same tokenizer seeds")
     palette = colours(held.rates)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.3), width_ratios=(1.05, 1))
+    gates = gates_by_seed(held)
     budgets = sorted(table["budget"].unique())
     rows = [*[size for size in _sizes(held) if size in set(table["size"].dropna())], None]
+    names = {rate: rate + ASTERISK[verdict(by_seed.values())] for rate, by_seed in gates.items()}
+    room = 2.6 * 72 / len(budgets) / (0.62 * max(map(len, names.values())))  # points, so that a name fits its cell
     for cell in table.to_dict("records"):
         x, y = budgets.index(cell["budget"]), rows.index(cell["size"] if isinstance(cell["size"], str) else None)
         colour = palette[cell["rate"]]
@@ -260,11 +317,12 @@ def best_rate(results: Results, extractor: str) -> tuple[Figure, Caption]:
             Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=colour, alpha=1.0 if sure else 0.28, linewidth=0)
         )
         dark = sure and sum(colour) < 1.6
-        left.text(x, y + 0.12, cell["rate"], ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
-        share = f"{cell['ratio']:.2f}x"
-        left.text(x, y - 0.2, share, ha="center", va="center", fontsize=6.5, color="white" if dark else "0.25")
+        ink = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
+        left.text(x, y + 0.12, names[cell["rate"]], fontsize=min(7.5, room), **ink)
+        left.text(x, y - 0.2, f"{cell['ratio']:.2f}x", fontsize=min(6.5, room), **ink)
     left.set(xlim=(-0.55, len(budgets) - 0.45), ylim=(-0.55, len(rows) - 0.45))
-    left.set_xticks(range(len(budgets)), [power(budget) for budget in budgets])
+    every_other = math.ceil(len(budgets) / 6)
+    left.set_xticks(range(0, len(budgets), every_other), [power(budget) for budget in budgets[::every_other]])
     left.set_yticks(range(len(rows)), [size or "best size" for size in rows])
     left.tick_params(length=0)
     for side in ("left", "bottom"):
@@ -277,26 +335,30 @@ def best_rate(results: Results, extractor: str) -> tuple[Figure, Caption]:
     every: list[float] = []
     ticks: dict[float, str] = {}
     for budget, shade in zip(budgets, shades, strict=True):
-        xs, means = [], []
+        xs: list[float] = []
+        rates: list[str] = []
+        means: list[float] = []
         for arm in arms:
             envelope = envelope_table(arm)
-            values = envelope.loc[envelope["budget"] == budget, "y"].tolist()
+            here = envelope[envelope["budget"] == budget]
+            values = here["y"].tolist()
             if not values or arm.bits is None:
                 continue
             ticks[arm.bits] = arm.rate
-            flagged = any(name.startswith(f"{arm.rate} s") for name in held.flagged)
-            face = "none" if flagged else shade
-            right.plot(
-                [arm.bits] * len(values), values, "o", color=shade, markerfacecolor=face, markersize=3, alpha=0.7
-            )
+            for seed, value in zip(here["seed"], values, strict=True):
+                fill = FILL[verdict([gates[arm.rate].get(seed)])]
+                right.plot(arm.bits, value, "o", color=shade, fillstyle=fill, markersize=3, alpha=0.7)
             xs.append(arm.bits)
+            rates.append(arm.rate)
             means.append(math.exp(float(np.mean(np.log(values)))))
             every += values
         if not xs:
             continue
         right.plot(xs, means, color=shade)
         winner = int(np.argmin(means))
-        right.plot(xs[winner], means[winner], "*", color=shade, markersize=9, markeredgecolor="white", zorder=5)
+        fill = FILL[verdict(gates[rates[winner]].values())]
+        right.plot(xs[winner], means[winner], "*", color="white", markersize=12, zorder=5)  # apart from its curve
+        right.plot(xs[winner], means[winner], "*", color=shade, fillstyle=fill, markersize=8, zorder=5)
         ends.append((means[-1], power(budget), shade))
     if every:
         log_axis(right, "x", min(ticks), max(ticks))
@@ -307,11 +369,25 @@ def best_rate(results: Results, extractor: str) -> tuple[Figure, Caption]:
         right.annotate("FLOPs", (1.015, 1.0), xycoords="axes fraction", fontsize=8, color=GREY, annotation_clip=False)
     right.set(xlabel="nominal rate (bits per image)", ylabel=words(metric))
     right.set_title("b  gFID against rate, by compute")
+    below(figure, [marker("o", "tokenizer seed"), marker("*", "best rate"), *gate_markers(held)])
+    seeds = _span(table["seeds"].tolist())
+    resolved = (
+        "none can be resolved with one tokenizer seed"
+        if seeds == "1"
+        else f"full colour where that distance is resolved at 95 % (paired by {seeds} tokenizer seeds, Student-t; not "
+        "corrected for the number of cells)"
+    )
+    states = {verdict(of.values()) for of in gates.values()}
+    worst = " A rate with any flagged seed has an asterisk (a) and an open star (b)." * ("flagged" in states)
+    worst += " One whose gate was not measured has a question mark (a) and a half-filled star (b)." * (
+        "not measured" in states
+    )
     text = (
         "(a) The rate with the lowest gFID (geometric mean over tokenizer seeds) for each generator size and "
-        "compute, and its distance to the runner-up; full colour where that distance is resolved at 95 % (paired by "
-        "tokenizer seed, Student-t; not corrected for the number of cells). (b) gFID of the best size against "
-        "nominal rate; dots are tokenizer seeds, stars the best rate at that compute. A star at an end of the range "
-        "may have its optimum outside."
+        f"compute, and its distance to the runner-up; {resolved}. (b) gFID of the best size against nominal rate; dots "
+        "are tokenizer seeds, stars the best rate at that compute. A star at an end of the range may have its optimum "
+        f"outside.{worst}"
     )
-    return figure, caption(results, "Best rate by generator size and compute", text, extractor, len(points))
+    return figure, caption(
+        results, "Best rate by generator size and compute", text, len(points), extractors=[extractor]
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from analysis import report, study
 from analysis.arms import named
@@ -22,6 +22,13 @@ from analysis.report import Results
 WIDTH = 7.2  # inches, two columns of a paper
 MARKERS = ("o", "s", "D", "^", "v", "P", "p", "h", "*", "<")
 GREY = "0.45"
+TICKS = 3  # labelled ticks that an axis has at least
+# 1-2-5 and its like, from few ticks a decade to many
+STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0))
+
+Gate = Literal["passes", "flagged", "not measured"]
+FILL: dict[Gate, Literal["full", "none", "left"]] = {"passes": "full", "flagged": "none", "not measured": "left"}
+ASTERISK: dict[Gate, str] = {"passes": "", "flagged": " *", "not measured": " ?"}
 
 
 class Missing(ValueError):
@@ -81,23 +88,26 @@ def plain(value: float, _: object = None) -> str:
 
 
 def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
-    """A logarithmic axis over [low, high] whose ticks can be read: decades, or 1-2-5 where there are few of them."""
+    """A logarithmic axis over [low, high] with at least three ticks that can be read, and not many more.
+
+    The sparsest of decades, 1-3, 1-2-5, ... that gives three; even steps where the range is too short for any.
+    """
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    pad = (high / low) ** 0.04
-    (axes.set_xlim if which == "x" else axes.set_ylim)(low / pad, high * pad)
-    decades = math.log10(high / low)
-    subs: tuple[float, ...] = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
-    if decades < 0.7:
-        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-    if decades < 0.25:
-        axis.set_major_locator(MaxNLocator(5))
-        axis.set_major_formatter(FuncFormatter(plain))
+    pad = max((high / low) ** 0.04, 1.005)  # a single value has a width too
+    low, high = low / pad, high * pad
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in STEPS:
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) >= TICKS:
+            axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 8)]))
+            axis.set_minor_locator(LogLocator(base=10, subs=tuple(range(1, 10))))
+            break
+    else:
+        axis.set_major_locator(MaxNLocator(5, min_n_ticks=TICKS))
         axis.set_minor_locator(NullLocator())
-        return
-    axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(plain))
-    axis.set_minor_locator(LogLocator(base=10, subs=tuple(range(1, 10))))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -148,9 +158,14 @@ def below(figure: Figure, *lines: Sequence[Line2D]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 
-def marker(shape: str, label: str, filled: bool = True, colour: Any = GREY) -> Line2D:
-    face = colour if filled else "none"
-    return Line2D([], [], linestyle="", marker=shape, color=colour, markerfacecolor=face, markersize=5, label=label)
+def marker(shape: str, label: str, gate: Gate = "passes", colour: Any = GREY) -> Line2D:
+    return Line2D([], [], linestyle="", marker=shape, color=colour, fillstyle=FILL[gate], markersize=5, label=label)
+
+
+def gate_markers(held: study.Study) -> list[Line2D]:
+    """What open and half-filled markers mean, where a figure has them."""
+    found = [marker("o", "flagged tokenizer", "flagged")] if held.flagged else []
+    return found + ([marker("o", "gate not measured", "not measured")] if report.unmeasured(held) else [])
 
 
 def bits(held: study.Study, rate: str) -> str:
@@ -160,20 +175,51 @@ def bits(held: study.Study, rate: str) -> str:
     return rate if nominal is None else f"{rate} ({nominal:.4g} bit)"
 
 
-def is_flagged(gate: str | None) -> bool:
-    return gate is not None and gate != "ok"
+def verdict(gates: Iterable[str | None]) -> Gate:
+    """What the gates of one or several tokenizers say together: the worst of them; null is one never evaluated."""
+    words = {word for gate in gates for word in (gate or "not measured").split(", ")}
+    if words & {"collapsed", "unconverged"}:
+        return "flagged"
+    return "passes" if words <= {"ok"} else "not measured"
 
 
-def caption(results: Results, title: str, text: str, extractor: str | None, n: int, **extra: Any) -> Caption:
+def gates_by_seed(held: study.Study) -> dict[str, dict[int, str | None]]:
+    """Gate of each rate's tokenizers by seed; a tokenizer without a seed is seed 0, as in ``analysis.arms``."""
+    rows = held.points.select("rate", pl.col("tokenizer_seed").fill_null(0), "tokenizer_gate").unique()
+    found: dict[str, dict[int, str | None]] = {}
+    for rate, seed, gate in rows.iter_rows():
+        found.setdefault(rate, {})[seed] = gate
+    return found
+
+
+def caption(
+    results: Results,
+    title: str,
+    text: str,
+    n: int,
+    *,
+    of: Literal["generator", "tokenizer"] = "generator",
+    extractors: Sequence[str] = (),
+    marks: tuple[str, str] = ("open markers", "half-filled markers"),
+) -> Caption:
+    """A caption that ends with n, seeds, protocol and extractors of what is shown, gates, and what was left out.
+
+    ``of`` says whose measurements a figure shows; ``marks`` how it draws flagged tokenizers and those whose gate was
+    not measured.
+    """
     held = results.held
-    parts = [text]
-    if not held.points.is_empty():
-        parts.append(f"{report.extent(held)}; {report.protocol(held)}.")
-    if extractor:
-        parts.append(f"Extractor: {named(extractor)}.")
-    parts.append(report.omissions(held))
-    facts = {"study": held.name, "extractor": extractor, "flagged": held.flagged, "left_out": held.left_out}
-    return Caption(title, " ".join(parts), n, {**facts, **extra})
+    shown = f"{report.extent(held)}; {report.protocol(held)}" if of == "generator" else report.reconstruction(results)
+    names = " and ".join(named(extractor) for extractor in extractors)
+    parts = [text, f"{shown}.", *([f"Extractor{'s' * (len(extractors) > 1)}: {names}."] if extractors else [])]
+    parts.append(report.omissions(held, marks))
+    facts: dict[str, Any] = {
+        "study": held.name,
+        "extractor": names or None,
+        "flagged": held.flagged,
+        "left_out": held.left_out,
+    }
+    facts["not_measured"] = report.unmeasured(held)
+    return Caption(title, " ".join(parts), n, facts)
 
 
 def power(value: float) -> str:
