@@ -158,6 +158,12 @@ class Digits(DataFields):
     def labels(self) -> int:
         return 10
 
+    @model_validator(mode="after")
+    def _both_splits(self) -> Digits:
+        if not 10 <= round(1797 * self.heldout) <= 1787:
+            raise ValueError(f"heldout: {self.heldout:g} leaves fewer images than classes in a split of 1797 images")
+        return self
+
     def images(self, split: Literal["train", "heldout"]) -> int | None:
         held = round(1797 * self.heldout)
         return held if split == "heldout" else 1797 - held
@@ -425,6 +431,10 @@ class GeneratorFields(Family):
 
     def activations(self, latent: Latent, classes: int) -> float:
         raise NotImplementedError
+
+    def state_sample(self, latent: Latent, guided: bool) -> float:
+        """Numbers that are kept for one latent while it is drawn (keys and values, say)."""
+        return 0.0
 
     def build(self, latent: Latent, classes: int) -> nn.Module:
         raise NotImplementedError
@@ -694,6 +704,9 @@ class Llama(GeneratorFields):
         block = latent.tokens * (8 * self.width + 3 * self.hidden)
         return float(self.layers * block + 2 * latent.tokens * self._codebook(latent))
 
+    def state_sample(self, latent: Latent, guided: bool) -> float:
+        return 2.0 * self.layers * latent.tokens * self.width * (2 if guided else 1)
+
     def build(self, latent: Latent, classes: int) -> nn.Module:
         self._codebook(latent)
         from models.generators.autoregressive import Transformer
@@ -702,6 +715,8 @@ class Llama(GeneratorFields):
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------
+
+SEQUENCES = 2000  # cached code sequences of a split behind a code length
 
 
 class Protocol(Fields):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from models import fidelity
+from models.config import SEQUENCES
 from models.config import Protocol as Evaluation
 from models.data import Batch, Images, Split, key, quantise
 from models.fidelity import FeatureSet, Value
@@ -28,8 +29,7 @@ from models.references import BATCH, Features, Reference, references
 from models.tokenizers.vq import usage
 
 Row = dict[str, Any]
-REFERENCE_SEED = 0
-SEQUENCES = 2000  # code sequences of a split behind a code length
+REFERENCE_SEED, FLOOR_SEED = -1, -2  # of streams that no run trains on: seeds of runs are not negative
 SHOWN = 40  # images kept for figures
 
 
@@ -48,12 +48,14 @@ class Generator(Protocol):
     def nll(self, codes: Tensor, labels: Tensor) -> Tensor: ...
 
     def sample(
-        self, labels: Tensor, *, guidance: float, temperature: float, top_k: int, top_p: float, seed: int
+        self, labels: Tensor, *, guidance: float, temperature: float, top_k: int, top_p: float, seed: int, batch: int
     ) -> Tensor: ...
 
 
 class Codes(Protocol):
-    """Cached codes of both splits (``models.data.CodeCache``)."""
+    """Cached codes of both splits (``models.data.CodeCache``); the manifest counts the different ones of each."""
+
+    manifest: dict[str, Any]
 
     def rows(self, split: Split) -> int: ...
     def take(self, split: Split, rows: slice) -> Batch: ...
@@ -174,7 +176,7 @@ def evaluate_tokenizer(
         names, options = protocol.extractors, {"cache": cache, "device": device}
         train = references(images, "train", count, REFERENCE_SEED, names, **options)
         heldout = references(images, "heldout", count, REFERENCE_SEED, names, **options)
-        again = references(images, "train", count, REFERENCE_SEED + 1, names, **options)
+        again = references(images, "train", count, FLOOR_SEED, names, **options)
     with made.timed("distances"):
         for name, sample in rebuilt.sets(groups).items():
             measured = [
@@ -239,7 +241,7 @@ def evaluate_generator(
     Several scales in ``protocol.guidance`` are compared on ``search_samples`` samples of one random stream by the
     Frechet distance in the first space (rows ``fid_search``); the best is measured on ``samples`` of another.
     ``guidance_edge`` is 1 when it is the lowest or the highest candidate. Both streams are derived from ``seed``.
-    ``batch`` images are decoded at a time. ``Stopped`` when ``should_stop`` says so between two batches.
+    ``batch`` images are drawn and decoded at a time. ``Stopped`` when ``should_stop`` says so between two batches.
     """
     if protocol.neighbours >= protocol.samples:
         raise ValueError(f"neighbours: {protocol.neighbours} has to be less than samples, {protocol.samples}")
@@ -249,6 +251,9 @@ def evaluate_generator(
             for split in ("heldout", "train"):
                 value, error, count = code_length(generator, codes, split, device, batch)
                 made.add("nll_bits", value, error=error, split=split, n=count)
+                different = codes.manifest["splits"][split]
+                for what in ("images", "sequences"):
+                    made.add(f"cached_{what}", different[what], split=split, n=different["rows"])
         with made.timed("references"):
             names, options = protocol.extractors, {"cache": cache, "device": device}
             train = references(images, "train", protocol.samples, REFERENCE_SEED, names, **options)
@@ -325,6 +330,7 @@ class _Sampling:
                 top_k=protocol.top_k,
                 top_p=protocol.top_p,
                 seed=seed,
+                batch=self.batch,
             )
         features, pixels = Features(extractors, self.device), []
         for part in drawn.split(self.batch):

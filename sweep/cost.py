@@ -78,10 +78,15 @@ def measuring(
 ) -> Measuring:
     """FLOPs of measuring one checkpoint once, references left out.
 
-    Losses are taken over the cached held-out images and as many training images. A search samples every scale.
+    A tokenizer encodes as many held-out images as are cached, or as samples where these are more, and decodes the
+    samples. Losses of a generator are taken over ``SEQUENCES`` cached images of each split; a search samples every
+    scale.
     """
     heldout = data.images_cached("heldout")
     images = float(protocol.samples)
+    if isinstance(measured, config.TokenizerFields):
+        coded = max(heldout, images) * measured.flops_encode(data) + images * measured.flops_decode(data)
+        return Measuring(0.0, coded + images * features(protocol))
     if not isinstance(measured, config.GeneratorFields):
         return Measuring(0.0, (heldout + images) * counted.forward + images * features(protocol))
     # what a search will choose is not known; above 1 is the costly and the likely case
@@ -92,7 +97,8 @@ def measuring(
     sample = sum(count * measured.flops_sample(latent, data.labels, scale != 1) for count, scale in draws)
     decode = tokenizer.flops_decode(data) if tokenizer else 0.0
     drawn = sum(count for count, _ in draws)
-    return Measuring(sample, 2 * heldout * counted.forward + drawn * (decode + features(protocol)))
+    scored = min(config.SEQUENCES, heldout) + min(config.SEQUENCES, data.images_cached("train"))
+    return Measuring(sample, scored * counted.forward + drawn * (decode + features(protocol)))
 
 
 def references(protocol: Protocol, data: DataFields) -> float:
@@ -118,14 +124,24 @@ def memory_training(counted: Counts, recipe: Recipe, runtime: Runtime) -> float:
     return PROCESS_GIB + (counted.params_total * state + activations) / GIB
 
 
-def memory_measuring(protocol: Protocol, modules: Iterable[Counts], data: DataFields, runtime: Runtime) -> float:
-    """GiB while measuring: weights, one batch's activations, images and features of samples and reference."""
+def memory_measuring(
+    protocol: Protocol,
+    measured: config.Family,
+    modules: Iterable[Counts],
+    data: DataFields,
+    latent: Latent,
+    runtime: Runtime,
+) -> float:
+    """GiB while measuring: weights, one batch's activations or keys and values, features of samples and reference."""
     modules = list(modules)
     weights = sum(float(module.params_total) * WEIGHTS for module in modules)
     # without a backward pass about a tenth of the stored activations lives at once
     activations = max(module.activations for module in modules) * runtime.measure_batch * 4 / 10
+    state = 0.0
+    if isinstance(measured, config.GeneratorFields):
+        state = measured.state_sample(latent, max(protocol.guidance) > 1) * runtime.measure_batch * 4
     pixels = data.channels * data.resolution**2 + 4.0 * FEATURES * len(protocol.extractors)
-    return PROCESS_GIB + (weights + activations + 3.0 * protocol.samples * pixels) / GIB
+    return PROCESS_GIB + (weights + max(activations, state) + 3.0 * protocol.samples * pixels) / GIB
 
 
 def disk_training(counted: Counts, recipe: Recipe, points: int) -> float:

@@ -273,7 +273,9 @@ class _Rows:
             part = cost.measuring(evaluation.protocol, run.variant.fields, decoder, counted[0], data, latent)
             self.measuring[key] = (
                 part,
-                cost.memory_measuring(evaluation.protocol, counted, data, run.variant.arm.runtime),
+                cost.memory_measuring(
+                    evaluation.protocol, run.variant.fields, counted, data, latent, run.variant.arm.runtime
+                ),
             )
         return self.measuring[key]
 

@@ -248,13 +248,13 @@ def replayed(images: DigitImages, codes: CodeCache, cache: Path) -> Measurement:
 
 def test_generator_rows_are_complete(replayed: Measurement) -> None:
     spaces = ("fid", "kid", "precision", "recall", "density", "coverage", "nearest_train", "nearest_heldout")
-    once = ("nll_bits", "unique_sequences", "copied")
+    once = ("nll_bits", "unique_sequences", "copied", "cached_images", "cached_sequences")
     assert {row["metric"] for row in replayed.rows} == {*spaces, *once}
     for row in replayed.rows:
         assert row.keys() <= CURVES.keys()
         assert row["value"] is not None
         assert row["seed"] == 3
-        if row["metric"] == "nll_bits":
+        if row["metric"] in ("nll_bits", "cached_images", "cached_sequences"):
             assert row["split"] in ("train", "heldout")
             continue
         assert row["n"] == 500
@@ -285,9 +285,29 @@ def test_copies_of_training_images_show(replayed: Measurement, codes: CodeCache)
         assert near < far
 
 
+def test_different_images_and_sequences_of_the_cache_are_counted(replayed: Measurement, codes: CodeCache) -> None:
+    for split in ("train", "heldout"):
+        held = codes.take(split, slice(None))
+        sequences = named(replayed, "cached_sequences", split=split)
+        assert sequences["value"] == len(held["codes"].unique(dim=0))
+        assert named(replayed, "cached_images", split=split)["value"] == len(held["index"].unique())
+        assert sequences["n"] == len(held["index"])
+
+
+def test_no_run_trains_on_what_it_is_measured_with(images: DigitImages, codes: CodeCache) -> None:
+    assert evaluation.REFERENCE_SEED != evaluation.FLOOR_SEED
+    for seed in (evaluation.REFERENCE_SEED, evaluation.FLOOR_SEED):
+        assert seed < 0  # a grid's seeds are not
+        pixels, first = (images.draw("train", 0, 64, drawn)["images"] for drawn in (seed, 0))
+        assert not (pixels.flatten(1)[:, None] == first.flatten(1)[None]).all(-1).any()
+    order, trained = (codes.draw("train", 0, 64, drawn)["index"] for drawn in (evaluation.REFERENCE_SEED, 0))
+    assert not torch.equal(order, trained)
+
+
 def test_new_sequences_are_not_copies(images: DigitImages, codes: CodeCache, cache: Path) -> None:
-    spoiled = protocol(samples=64, guidance=(3.0,))  # every sample random
-    made = evaluate_generator(Replay(codes), Pixels(), images, codes, spoiled, seed=0, cache=cache)
+    spoiled, generator = protocol(samples=64, guidance=(3.0,)), Replay(codes)  # every sample random
+    made = evaluate_generator(generator, Pixels(), images, codes, spoiled, seed=0, cache=cache, batch=77)
+    assert [call["batch"] for call in generator.calls] == [77]  # what the memory of the device was planned for
     assert named(made, "copied")["value"] == 0.0
     assert named(made, "unique_sequences")["value"] == 1.0
     assert named(made, "copied")["guidance_from"] == "fixed"

@@ -132,6 +132,17 @@ def test_kid_and_precision_equal_torch_fidelity() -> None:
     assert fidelity.precision_recall(sample, reference, 4) == (prc["precision"], prc["recall"])
 
 
+def test_precision_is_of_samples_and_recall_of_the_reference() -> None:
+    """One of two modes is never sampled: every sample is among real ones, half of the real ones are not reached."""
+    modes = torch.cat((gaussian(150, 4, 0), gaussian(150, 4, 1, shift=100.0)))
+    precision, recall = fidelity.precision_recall(FeatureSet(gaussian(300, 4, 2)), FeatureSet(modes), 5)
+    assert precision > 0.8
+    assert 0.35 < recall <= 0.5
+    density, coverage = fidelity.density_coverage(FeatureSet(gaussian(300, 4, 2)), FeatureSet(modes), 5)
+    assert density > 0.8
+    assert 0.35 < coverage <= 0.5
+
+
 def test_kid_error_is_the_spread_over_samples() -> None:
     pool, reference = gaussian(60_000, 8, 3), FeatureSet(gaussian(400, 8, 4))
     generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from models import config
 from models.config import VQ, DeadLeaves, Digits, Latent, Llama, Protocol, Recipe, Runtime
 from sweep import cost, rundir
 from sweep.schema import schema
@@ -58,7 +59,35 @@ def test_a_tokenizer_is_measured_without_sampling():
     counted = cost.counts(TOKENIZER, DIGITS, LATENT)
     part = cost.measuring(protocol, TOKENIZER, None, counted, DIGITS, LATENT)
     assert part.sample == 0
-    assert part.measure == (718 + 500) * counted.forward + 500 * 1e7
+    coding = 718 * TOKENIZER.flops_encode(DIGITS) + 500 * TOKENIZER.flops_decode(DIGITS)
+    assert part.measure == coding + 500 * 1e7
+    assert coding < 718 * counted.forward
+    more = cost.measuring(protocol.model_copy(update={"samples": 1000}), TOKENIZER, None, counted, DIGITS, LATENT)
+    assert more.measure == 1000 * (counted.forward + 1e7)
+
+
+def test_code_lengths_are_of_so_many_sequences_at_most():
+    def scored(data: config.DataFields) -> float:
+        protocol = Protocol(of="generator", extractors=EXTRACTORS, samples=16)
+        drawn = 16 * (TOKENIZER.flops_decode(data) + cost.features(protocol))
+        measure = cost.measuring(protocol, GENERATOR, TOKENIZER, COUNTS, data, LATENT).measure
+        return (measure - drawn) / COUNTS.forward
+
+    assert scored(DIGITS) == pytest.approx(718 + config.SEQUENCES)
+    assert scored(DeadLeaves(size=16, cached=10**6, cached_heldout=10**5)) == pytest.approx(2 * config.SEQUENCES)
+
+
+def test_memory_of_sampling_holds_keys_and_values_of_a_batch():
+    xl, latent = Llama(**Llama.ladder["XL"]), Latent(24, 24, 2**14)
+    counted = [cost.counts(xl, DIGITS, latent)]
+
+    def gib(guidance: float, batch: int) -> float:
+        protocol = Protocol(of="generator", extractors=EXTRACTORS, samples=16, guidance=(guidance,))
+        return cost.memory_measuring(protocol, xl, counted, DIGITS, latent, Runtime(measure_batch=batch))
+
+    held = 4 * 2 * xl.layers * 576 * xl.width / 2**30  # of one sequence
+    assert gib(1.0, 200) - gib(1.0, 100) == pytest.approx(100 * held)
+    assert gib(2.0, 200) - gib(2.0, 100) == pytest.approx(200 * held)
 
 
 def test_references_need_three_passes_of_real_images():
