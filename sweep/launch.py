@@ -258,6 +258,10 @@ def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, o
     for root in {config["data"].get("root") for config in configs.values()} - {None}:
         if not Path(root).is_dir():
             raise ValueError(f"{_short(study / 'grid.yaml')}: data.root: got {root}; allowed: a folder that is here")
+    if (most := max(config["runtime"]["devices"] for config in configs.values())) > 1:
+        print(
+            f"{title}: planned for up to {most} devices a run; a launch on this machine gives each one", file=sys.stderr
+        )
     for run_id in wanted:
         rundir.register(study, configs[run_id])
         status, holder = rundir.status(study, run_id), rundir.holder(study, run_id)

@@ -268,6 +268,16 @@ evaluation:"""
 
 
 @pytest.mark.usefixtures("still")
+def test_runs_that_were_planned_for_more_devices_than_they_get_are_named(tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(globals(), "GRID", GRID.replace("run: {{", "run: {{devices: 8, "))
+        study = planned(tmp_path)
+    with pytest.raises(AssertionError, match="started on"):
+        launch.main([str(study), "--stage", "tokenizer"])
+    assert "tokenizer: planned for up to 8 devices a run" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("still")
 def test_a_failed_measurement_keeps_nothing_else_from_running(tmp_path, capsys):
     study = planned(tmp_path)
     done(study, "evaluation")
