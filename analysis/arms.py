@@ -3,6 +3,9 @@
 An arm holds the points of one rate under one named sum of compute. Its curve is, per tokenizer seed, the lowest value
 over generator sizes at each budget. Tokenizer seeds are the unit of every interval, so envelopes are taken of resampled
 arms, and the search over sizes is repeated in each.
+
+Budgets are the FLOP targets of the plan. Where it was made by steps instead, no two sizes or rates share a compute, so
+each run's curve is interpolated onto a geometric grid that all of them share (``budgets``).
 """
 
 from __future__ import annotations
@@ -23,9 +26,31 @@ from analysis.laws import Array
 from analysis.load import differing
 
 Sum = Literal["generator", "total", "inference"]
-# the target, or the compute of a point that was planned by its steps
-BUDGET = pl.coalesce("flops_target", pl.col("flops_to_point").round_sig_figs(3))
+A_DECADE = 4  # budgets per decade of compute where points were planned by their steps
+ROUNDING = 1e-9  # of ln FLOPs: a grid value this close to the end of a curve is its end
+RUN = ("tokenizer_seed", "size", "generator_seed", "evaluation_seed")  # what a curve over compute belongs to
 ARRAYS = ("x", "select", "report", "measured")
+
+
+def budgets(frame: pl.DataFrame) -> list[float]:
+    """FLOPs at which curves of these points are compared: their targets, or a grid where a point has none.
+
+    The grid is 10^(k/4) within the range of ``flops_to_point``: absolute, so that all rates and sizes share it.
+    """
+    if frame.is_empty():
+        return []
+    if not frame["flops_target"].null_count():
+        return frame["flops_target"].unique().sort().to_list()
+    low, high = (A_DECADE * math.log10(end) for end in (frame["flops_to_point"].min(), frame["flops_to_point"].max()))  # type: ignore[arg-type]
+    return [10.0 ** (k / A_DECADE) for k in range(math.ceil(low - ROUNDING), math.floor(high + ROUNDING) + 1)]
+
+
+def nearest(target: float | None, flops: float) -> tuple[float, ...]:
+    """The budgets for which a measured point speaks: its target, or the grid's values on either side of its compute."""
+    if target is not None:
+        return (target,)
+    k = A_DECADE * math.log10(flops)
+    return tuple(10.0 ** (i / A_DECADE) for i in sorted({math.floor(k + ROUNDING), math.ceil(k - ROUNDING)}))
 
 
 def compute(frame: pl.DataFrame, total: Sum = "generator", models: int = 1) -> pl.Series:
@@ -95,6 +120,11 @@ class Arm:
         budgets = tuple(self.budgets[i] for i in cols)
         return replace(self, seeds=tuple(self.seeds[i] for i in rows), budgets=budgets, **cut)
 
+    def valued(self) -> list[int]:
+        """Seeds with a value somewhere: of one size and budget, chosen and reported."""
+        there = np.isfinite(_mean(self.select, 2)) & np.isfinite(_mean(self.report, 2))
+        return [seed for seed, values in zip(self.seeds, there, strict=True) if values.any()]
+
     def only(self, size: str) -> Arm:
         """The same arm with one generator size."""
         at = [self.sizes.index(size)]
@@ -112,6 +142,12 @@ def arm(frame: pl.DataFrame, rate: str, metric: str, total: Sum = "generator", m
     """The points of one rate as an arm; ``Refusal`` for mixed protocols, duplicates and non-positive values.
 
     Points that ``frame`` marks as ``past_minimum`` count as measured but have no value: no curve passes through them.
+    Tokenizer seeds without any value are left out.
+
+    Points without a FLOP target (a plan by steps) lie at another compute for each size and rate. The curve of each run
+    (tokenizer seed x size x generator seed x evaluation seed) is then read at the budgets of ``budgets``, ln y linear
+    in ln training FLOPs between neighbouring points of that run and never beyond its ends. Neighbouring values share
+    measured points, so they are not independent of each other.
     """
     rows = frame.filter(pl.col("rate") == rate, pl.col(metric).is_not_null())
     if rows.is_empty():
@@ -121,47 +157,76 @@ def arm(frame: pl.DataFrame, rate: str, metric: str, total: Sum = "generator", m
         raise Refusal("duplicate_run", f"{rate}: a checkpoint stands twice under one protocol and evaluation seed")
     if (rows[metric] <= 0).any():
         raise Refusal("non_positive", f"{rate}: {metric} has to be positive for a power law")
+    flops = compute(rows, total, models)
+    if flops.null_count():
+        raise Refusal("no_compute", f"{rate}: {describe(total, models)} are not known for every point")
     rows = rows.with_columns(
-        compute(rows, total, models).alias("x"),
-        BUDGET.alias("budget"),
+        flops.alias("x"),
+        pl.col(metric).log().alias("y"),
         pl.coalesce("generator_size", pl.col("params_core").cast(pl.String)).alias("size"),
         pl.col("tokenizer_seed").fill_null(0),
         pl.col("generator_seed").fill_null(0),
         pl.col("evaluation_seed").fill_null(0),
     )
-    if rows["x"].null_count():
-        raise Refusal("no_compute", f"{rate}: {describe(total, models)} are not known for every point")
+    if "past_minimum" in rows.columns:
+        rows = rows.with_columns(pl.when("past_minimum").then(math.nan).otherwise("y").alias("y"))
     sizes = rows.sort("params_core", nulls_last=True)["size"].unique(maintain_order=True).to_list()
-    cell = ["tokenizer_seed", "generator_seed", "budget", "evaluation_seed"]
-    twice = rows.filter(rows.select(*cell, "size").is_duplicated())
+    by_steps = rows["flops_target"].null_count() > 0
+    twice = rows.filter(rows.select(*RUN, "point" if by_steps else "flops_target").is_duplicated())
     if len(twice):
         raise Refusal("mixed_designs", f"{rate}: generators of several designs at one size and budget, {_apart(twice)}")
-    seeds, generators, budgets, evaluations = (rows[column].unique().sort().to_list() for column in cell)
-    shape = (len(seeds), len(sizes), len(generators), len(budgets), len(evaluations))
+    shared = budgets(rows)
+    bits = rows["bits_nominal"][0]
+    rows = _interpolated(rows, shared) if by_steps else rows.with_columns(pl.col("flops_target").alias("budget"))
+    if rows.is_empty():
+        raise Refusal("too_few", f"{rate}: no run planned by steps has points on either side of a compute of 10^(k/4)")
+    seeds, generators, evaluations = (
+        rows[column].unique().sort().to_list() for column in ("tokenizer_seed", "generator_seed", "evaluation_seed")
+    )
+    shape = (len(seeds), len(sizes), len(generators), len(shared), len(evaluations))
     x, y, measured = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool)
     for row in rows.iter_rows(named=True):
         at = (
             *(seeds.index(row["tokenizer_seed"]), sizes.index(row["size"]), generators.index(row["generator_seed"])),
-            *(budgets.index(row["budget"]), evaluations.index(row["evaluation_seed"])),
+            *(shared.index(row["budget"]), evaluations.index(row["evaluation_seed"])),
         )
         measured[at] = True
-        if not row.get("past_minimum", False):
-            x[at], y[at] = math.log(row["x"]), math.log(row[metric])
+        if not math.isnan(row["y"]):
+            x[at], y[at] = math.log(row["x"]), row["y"]
     fresh = len(evaluations) > 1
-    return Arm(
+    found = Arm(
         rate=rate,
-        bits=rows["bits_nominal"][0],
+        bits=bits,
         metric=metric,
         axis=describe(total, models),
         seeds=tuple(seeds),
         sizes=tuple(sizes),
-        budgets=tuple(budgets),
+        budgets=tuple(shared),
         x=_mean(x, -1),
         select=y[..., 0] if fresh else _mean(y, -1),
         report=_mean(y[..., 1:] if fresh else y, -1),
         measured=np.asarray(measured.any(-1)),
         fresh=fresh,
     )
+    held = found.valued()
+    if not held:
+        raise Refusal("too_few", f"{rate}: no tokenizer seed has a value of {metric} that a curve may pass through")
+    return found.take(held)
+
+
+def _interpolated(rows: pl.DataFrame, at: Sequence[float]) -> pl.DataFrame:
+    """Every run's curve (columns RUN, budget, x, y) at the budgets between its ends; NaN beside a point without y."""
+    found = [rows.select(*RUN, pl.col("flops_target").alias("budget"), "x", "y").clear()]
+    for run, points in rows.sort("flops_to_point").group_by(*RUN, maintain_order=True):
+        flops = points["flops_to_point"].to_numpy()
+        low, high = flops[0] * (1 - ROUNDING), flops[-1] * (1 + ROUNDING)
+        inside = [budget for budget in at if low <= budget <= high]
+        # every sum of compute is linear in training FLOPs along one run
+        x = np.interp(inside, flops, points["x"].to_numpy())
+        y = np.interp(np.log(inside), np.log(flops), points["y"].to_numpy())
+        columns = dict(zip(RUN, run, strict=True)) | {"budget": inside, "x": x, "y": y}
+        found.append(pl.DataFrame(columns, schema=found[0].schema))
+    return pl.concat(found)
 
 
 def _apart(rows: pl.DataFrame) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 import polars as pl
 
-from analysis.arms import BUDGET
 from analysis.uncertainty import short
 
+# settings compete at one target, or at one point of a plan by steps
+BUDGET = pl.coalesce("flops_target", pl.col("flops_to_point").round_sig_figs(3))
 CELL = ("rate", "generator_size", "budget")
 
 
