@@ -4,7 +4,8 @@
 
 Least squares on log residuals by default (relative errors: natural for positive metrics over decades), sum-reduced,
 float64, analytic Jacobians. Points that share a trunk or a tokenizer are not independent: pass ``groups`` and the
-covariance is that of the groups (delete-one-group jackknife, Student-t with groups - 1 degrees of freedom).
+covariance is that of the groups (delete-one-group jackknife, Student-t with groups - 1 degrees of freedom). One group
+has none: what its points scatter by says nothing about another group.
 """
 
 from __future__ import annotations
@@ -239,6 +240,8 @@ def check(
     form: Form, x: Array, y: Array, *, ids: Sequence[str] | None = None, protocols: Sequence[str] | None = None
 ) -> None:
     """Refuses points that no estimator could save: mixed protocols, duplicates, non-positive or too few values."""
+    if not len(y):
+        raise Refusal("too_few", f"no points for the {len(form.parameters)} parameters of the {form.name} form")
     if protocols is not None and len(set(protocols)) > 1:
         raise Refusal("mixed_protocols", f"points of {len(set(protocols))} protocols cannot share a fit")
     if ids is not None and len(set(ids)) < len(ids):
@@ -309,7 +312,8 @@ def fit(
     """
     law = FORMS[form]
     out = np.asarray(y, np.float64)
-    at = np.asarray(x, np.float64).reshape(len(out), -1)
+    at = np.asarray(x, np.float64)
+    at = at.reshape(len(out), -1) if len(out) else at
     check(law, at, out, ids=ids, protocols=protocols)
     weight = np.ones(len(out)) if weights is None else np.asarray(weights, np.float64)
     pivots = np.exp(np.log(at).mean(0))
@@ -337,8 +341,11 @@ def fit(
     if labels is not None and n_groups is not None and n_groups > 1:
         method, dof = f"delete-one-group jackknife over {n_groups} groups, Student-t", n_groups - 1
         covariance, reason = _jackknife(law, scaled_x, scaled_y, weight, labels, residuals)
+    elif n_groups == 1:
+        method, covariance = "none, given one group", None
+        reason = "one group says nothing about another, and its points are not independent"
     else:
-        method = "delta, Student-t" + (", given one group" if n_groups == 1 else ", points taken as independent")
+        method = "delta, Student-t, points taken as independent"
         covariance, reason = _delta(gradient, weight, sigma)
     if covariance is None:
         bse: dict[str, float | None] = dict.fromkeys(law.parameters)

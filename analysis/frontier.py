@@ -5,7 +5,8 @@
 
 Curves are lower envelopes over generator sizes (``analysis.arms``). Tokenizer seeds are the unit of every interval:
 they are resampled, the same ones in both arms of a contrast, generator runs within them, and the search over sizes is
-repeated each time.
+repeated each time. With one tokenizer seed a law's unit is the generator seed, and its intervals are given that
+tokenizer; with one generator seed as well there are none.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from analysis.uncertainty import (
     LEVEL,
     WIDE_RATIO,
     Interval,
+    Units,
     delta,
     hierarchical,
     inflation,
@@ -54,6 +56,8 @@ from analysis.uncertainty import (
 Verdict = Literal["crossing", "no crossing in range", "not identified", "refused"]
 GRID = 160  # compute values at which curves are compared
 MISFIT_P = 0.01  # lack of fit is told from scatter at this level
+ROUNDING = 1e-20  # share of a sum of squares that is rounding
+REFITTED = 0.9  # share of resamples that have to give a curve
 
 
 def refit(form: str, x: Array, y: Array) -> tuple[Array, Array, float]:
@@ -86,13 +90,14 @@ def curve(form: str, x: Array, y: Array, grid: Array) -> Array:
 
 @dataclass(frozen=True)
 class Law:
-    """The law of one arm: pooled fit over its tokenizer seeds, intervals over tokenizers, band, curve per seed."""
+    """The law of one arm: pooled fit over its tokenizer seeds, intervals and band over ``units``, curve per seed."""
 
     arm: Arm
     fit: Fit
     power: Fit | None  # without an asymptote, beside it
-    intervals: dict[str, Interval]  # over tokenizers (given the one, where there is one)
-    given: dict[str, Interval]  # given these tokenizers: their mean curve, budgets as points
+    units: Units  # what intervals and band are over; where there is one unit they are null, with the reason
+    intervals: dict[str, Interval]
+    given: dict[str, Interval]  # given these tokenizers: their mean curve, budgets as points; of one, ``intervals``
     grid: Array  # compute
     mean: Array
     low: Array  # NaN where there is no interval
@@ -135,21 +140,34 @@ class Misfit(NamedTuple):
 
 
 def misfit(rows: pd.DataFrame, found: Fit) -> Misfit:
-    """Lack of fit of a law to an envelope (columns budget, x, y), by Fisher's split of the residual sum of squares."""
-    missed = pd.Series(np.log(rows["y"].to_numpy()) - np.log(found.predict(rows["x"].to_numpy())))
-    groups = missed.groupby(rows["budget"].to_numpy())
-    mean, count = groups.mean(), groups.size()
+    """Lack of fit of a law to an envelope (columns seed, budget, x, y), by Fisher's split of the residual squares.
+
+    Seeds that lie apart as a whole say nothing about the shape of the curve, so each has its own level: the residuals
+    of the law with a level per seed are split into those of a free value per budget (scatter, n - budgets - seeds + 1
+    degrees of freedom) and the rest (lack of fit, budgets - parameters).
+    """
+    residuals = np.log(rows["y"].to_numpy()) - np.log(found.predict(rows["x"].to_numpy()))
+    missed = pd.DataFrame({"budget": rows["budget"].to_numpy(), "seed": rows["seed"].to_numpy(), "log": residuals})
+    mean = missed.groupby("budget")["log"].mean()
     rms = math.sqrt(float((mean**2).mean()))
-    lack, scatter = float((count * mean**2).sum()), float(groups.apply(lambda r: ((r - r.mean()) ** 2).sum()).sum())
-    spare, within = len(mean) - len(found.params), len(missed) - len(mean)
-    if spare < 1 or within < 1 or scatter == 0:
+    level = missed["log"] - missed.groupby("seed")["log"].transform("mean")
+    seeds = missed["seed"].nunique()
+    spare, within = len(mean) - len(found.params), len(missed) - len(mean) - (seeds - 1)
+    if spare < 1 or within < 1:
         return Misfit(rms, None)
-    return Misfit(rms, float(stats.f.sf(lack / spare / (scatter / within), spare, within)))
+    design = pd.get_dummies(missed[["budget", "seed"]].astype(str)).to_numpy(np.float64)
+    free = design @ np.linalg.lstsq(design, residuals, rcond=None)[0]
+    scatter = float(((residuals - free) ** 2).sum())
+    lack = float((level**2).sum()) - scatter
+    if scatter <= ROUNDING * lack:  # the seeds agree to the last digit, which is no measure of scatter
+        return Misfit(rms, None)
+    return Misfit(rms, float(stats.f.sf(max(lack, 0.0) / spare / (scatter / within), spare, within)))
 
 
 def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0) -> Law:
     """Fit one arm: all seeds together, log residuals; intervals by resampling tokenizer seeds. Raises ``Refusal``.
 
+    Of one tokenizer seed the generator seeds are resampled: checkpoints of one run are never taken as independent.
     ``form`` None is the saturating law, or the pure power law where there are too few budgets for it.
     """
     table = envelope_table(arm)
@@ -173,32 +191,43 @@ def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0)
         given = {name: Interval(v, None, None, LEVEL, "delta", 0, reason) for name, v in main.params.items()}
     else:
         given = delta(own_mean)
-    units = len(arm.seeds)
+    alone = len(arm.seeds) == 1
+    over: Units = "generator seeds given one tokenizer" if alone else "tokenizer seeds"
+    units = int(np.isfinite(arm.report).any((0, 1, 3)).sum()) if alone else len(arm.seeds)
     if units == 1:
-        limits = main.get_prediction(np.exp(grid)).summary_frame()
-        low, high = limits["mean_ci_lower"].to_numpy(), limits["mean_ci_upper"].to_numpy()
-        return Law(arm, main, power, delta(main), given, np.exp(grid), mean, low, high, by_seed, table, off)
+        none = {name: hierarchical(value, np.empty(0), units, over=over) for name, value in main.params.items()}
+        low = high = np.full(GRID, np.nan)
+        return Law(arm, main, power, over, none, none, np.exp(grid), mean, low, high, by_seed, table, off)
     rng = np.random.default_rng(seed)
-    x, y, row = resampled(arm, resample_units(units, draws, rng), rng)
+    x, y, row = resampled(arm, np.zeros((draws, 1), np.intp) if alone else resample_units(units, draws, rng), rng)
     theta, pivots, scale = refit(form, x, y)
     theta = theta[row]
     values, _ = FORMS[form].natural(theta, pivots, scale)
     intervals = {}
     for i, name in enumerate(FORMS[form].parameters):
         if name == "A":  # positive, over decades: in the logarithm
-            log = hierarchical(math.log(main.params[name]), np.log(values[:, i]), units)
+            log = hierarchical(math.log(main.params[name]), np.log(values[:, i]), units, over=over)
             ends = [None if v is None else math.exp(min(v, 700.0)) for v in (log.low, log.high)]
-            over = replace(log, estimate=main.params[name], low=ends[0], high=ends[1])
+            found = replace(log, estimate=main.params[name], low=ends[0], high=ends[1])
         else:
-            over = hierarchical(main.params[name], values[:, i], units, floor=0.0)
-        intervals[name] = wider(over, given[name])
+            found = hierarchical(main.params[name], values[:, i], units, floor=0.0, over=over)
+        intervals[name] = wider(found, given[name])
     inputs = np.exp(grid - math.log(pivots[0]))[None, :, None]
-    error = (np.log(FORMS[form].value(theta, inputs)) + math.log(scale)).std(0) * inflation(units)
+    error = _error(np.log(FORMS[form].value(theta, inputs)) + math.log(scale), units)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, units - 1)) * error
     half = np.where(error > 0, np.maximum(half, _given_half([own_mean], grid)), np.nan)
     with np.errstate(over="ignore"):
         low, high = mean * np.exp(-half), mean * np.exp(half)
-    return Law(arm, main, power, intervals, given, np.exp(grid), mean, low, high, by_seed, table, off)
+    given = intervals if alone else given
+    return Law(arm, main, power, over, intervals, given, np.exp(grid), mean, low, high, by_seed, table, off)
+
+
+def _error(replicates: Array, units: int) -> Array:
+    """Standard error [m] of curves [D, m] over resamples; NaN where too many of them could not be fitted."""
+    held = replicates[np.isfinite(replicates).all(1)]
+    if len(held) < REFITTED * len(replicates):
+        return np.full(replicates.shape[1], np.nan)
+    return np.asarray(held.std(0) * inflation(units))
 
 
 def _saturates(arm: Arm) -> bool:
@@ -225,8 +254,47 @@ def _given_half(fits: Sequence[Fit | None], grid: Array) -> Array:
     known = [each for each in fits if each is not None and each.covariance is not None]
     if len(known) < len(fits):
         return np.zeros(len(grid))
-    t = float(stats.t.ppf(0.5 + LEVEL / 2, min(each.dof for each in known)))
-    return np.asarray(t * np.sqrt(sum(each.get_prediction(np.exp(grid)).se_log ** 2 for each in known)))
+    variances = np.array([each.get_prediction(np.exp(grid)).se_log ** 2 for each in known])
+    total = variances.sum(0)
+    # degrees of freedom of a sum of variances, after Satterthwaite
+    dof = total**2 / (variances**2 / np.array([each.dof for each in known])[:, None]).sum(0)
+    return np.asarray(stats.t.ppf(0.5 + LEVEL / 2, dof) * np.sqrt(total))
+
+
+def _scatter_half(a: Arm, b: Arm) -> float:
+    """Half-width of a difference of interpolated curves, given these tokenizers; 0 where nothing is to spare.
+
+    The difference of the envelopes at each budget has a value per seed; what remains of it beyond a level per seed and
+    one per budget scatters by chance, pooled over budgets. Two seeds that agree at one compute hide it there.
+    """
+    difference = Envelope(a, identity(a)).y[0] - Envelope(b, identity(b)).y[0]
+    difference = difference[:, np.isfinite(difference).all(0)]
+    seeds, count = difference.shape
+    dof = (seeds - 1) * (count - 1)
+    if dof < 1:
+        return 0.0
+    rest = difference - difference.mean(0) - difference.mean(1, keepdims=True) + difference.mean()
+    error = math.sqrt(float((rest**2).sum()) / dof / seeds)
+    return float(stats.t.ppf(0.5 + LEVEL / 2, dof)) * error
+
+
+def candidates(arms: Sequence[Arm], size: str | None = None) -> list[Arm]:
+    """Arms that may be compared, of one size or all: the same candidates, and seeds with a value in every arm.
+
+    Empty where they share no seed, size and budget.
+    """
+    if size is not None:
+        if any(size not in each.sizes for each in arms):
+            return []
+        arms = [each.only(size) for each in arms]
+    seeds = sorted(set.intersection(*(set(each.seeds) for each in arms)))
+    while seeds:
+        cut = same_candidates(*(each.take(seeds) for each in arms))
+        kept = sorted(set.intersection(*(set(each.valued()) for each in cut)))
+        if kept == seeds:
+            return cut
+        seeds = kept  # fewer seeds may share more candidates
+    return []
 
 
 @dataclass(frozen=True)
@@ -272,9 +340,11 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
     """The compute at which two rates swap, with an interval over tokenizer seeds.
 
     D(C) = ln y_a - ln y_b of the two fitted curves, its standard error from resampling the same tokenizer seeds in both
-    arms, envelope and fit repeated. The interval is the stretch around the zero of D in which |D| <= t x error
-    (Student-t, seeds - 1 degrees of freedom; not narrower than the scatter about the curves allows): the compute values
-    that the data do not tell from a tie.
+    arms, envelope and fit repeated. The interval is the hull of the zero of D and of every compute at which
+    |D| <= t x error (Student-t, seeds - 1 degrees of freedom; not narrower than the scatter about the curves allows):
+    the values that the data do not tell from a tie. All of them, not only those next to the zero: where the curves of
+    two seeds happen to meet, the error is zero and cuts the stretch in two. It is open at an end of the range that is
+    tied.
     ``form`` None takes the saturating law where both arms have enough budgets and it fits both (``Misfit``), monotone
     interpolation elsewhere.
     """
@@ -298,9 +368,14 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
     )
     if len(seeds) < 2:
         return replace(answer, reason="a contrast between tokenizers needs two tokenizer seeds in both")
-    a, b = same_candidates(a.take(seeds), b.take(seeds))
-    if not (a.sizes and a.budgets):
+    fair = candidates((a, b))
+    if not fair:
         return replace(answer, reason="the two rates share no generator size and budget")
+    a, b = fair
+    seeds = a.seeds
+    answer = replace(answer, seeds=len(seeds))
+    if len(seeds) < 2:
+        return replace(answer, reason="fewer than two tokenizer seeds have values in both")
     envelopes = [Envelope(each, identity(each)) for each in (a, b)]
     counts = [int(np.isfinite(each.y[0]).any(0).sum()) for each in envelopes]
     own = [each.flat() for each in envelopes]
@@ -318,10 +393,14 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
     for each in (a, b):
         x, y, row = resampled(each, picked, rng)
         replicates.append(curve(form, x, y, grid)[row])
-    error = (replicates[0] - replicates[1]).std(0) * inflation(len(seeds))
+    error = _error(replicates[0] - replicates[1], len(seeds))
+    if not np.isfinite(error).all():
+        return replace(answer, reason="too many resamples could not be fitted")
     half = float(stats.t.ppf(0.5 + LEVEL / 2, len(seeds) - 1)) * error
     if form in FORMS:
         half = np.maximum(half, _given_half([_mean_fit(each, form)[0] for each in (a, b)], grid))
+    else:
+        half = np.maximum(half, _scatter_half(a, b))
     tied = np.abs(difference) <= half
     lower = [a.rate if d < 0 else b.rate for d in (difference[0], difference[-1])]
     answer = replace(answer, form=form, below=lower[0], above=lower[1], low_end=math.exp(low), high_end=math.exp(high))
@@ -330,12 +409,11 @@ def crossing(a: Arm, b: Arm, form: str | None = None, *, draws: int = DRAWS, see
         return replace(answer, verdict="no crossing in range", resolved=not tied.any())
     i = int(turns[0])
     zero = float(grid[i] + (grid[i + 1] - grid[i]) * difference[i] / (difference[i] - difference[i + 1]))
-    left, right = i, i + 1
-    while left > 0 and tied[left]:
-        left -= 1
-    while right < GRID - 1 and tied[right]:
-        right += 1
-    open_ends = [side for side, at in (("smaller", left), ("larger", right)) if tied[at]]
+    # from the last compute that is told from a tie to the first one
+    ties = np.flatnonzero(tied)
+    left = int(min([turns[0], *ties[:1] - 1]))
+    right = int(max([turns[-1] + 1, *ties[-1:] + 1]))
+    open_ends = [side for side, out in (("smaller", left < 0), ("larger", right >= GRID)) if out]
     dof = len(seeds) - 1
     if not error.any():
         flops = Interval(math.exp(zero), None, None, LEVEL, method, dof, "the tokenizer seeds agree to the last digit")
@@ -361,21 +439,15 @@ def best(arms: Sequence[Arm], size: str | None = None, *, draws: int = DRAWS, se
     out 1, paired by tokenizer seed), share (of resamples of tokenizer seeds that choose this rate), edge (the lowest or
     highest rate won), seeds. Budgets and seeds that all rates have.
     """
-    seeds = sorted(set.intersection(*(set(each.seeds) for each in arms)))
-    budgets = sorted(set.intersection(*(set(each.budgets) for each in arms)))
-    if not seeds or len(arms) < 2 or (size is not None and any(size not in each.sizes for each in arms)):
+    arms = candidates(arms, size) if len(arms) > 1 else []
+    if not arms:
         return pd.DataFrame()
-    if size is None:
-        arms = same_candidates(*(each.take(seeds) for each in arms))
-    else:
-        arms = [each.take(seeds).only(size) for each in arms]
-    if not (arms[0].sizes and arms[0].budgets):
-        return pd.DataFrame()
-    values = [Envelope(each, identity(each)).y[0] for each in arms]  # per rate [seeds, budgets of that rate]
+    seeds, budgets = arms[0].seeds, arms[0].budgets
+    values = [Envelope(each, identity(each)).y[0] for each in arms]  # per rate [seeds, budgets]
     picked = resample_units(len(seeds), draws, np.random.default_rng(seed))
     found = []
-    for budget in budgets:
-        each = np.stack([value[:, arm.budgets.index(budget)] for arm, value in zip(arms, values, strict=True)])
+    for i, budget in enumerate(budgets):
+        each = np.stack([value[:, i] for value in values])
         if not np.isfinite(each).all():
             continue
         order = np.argsort(each.mean(1))

@@ -23,6 +23,7 @@ from analysis.laws import FORMS, Array
 
 LEVEL = 0.95
 DRAWS = 1000
+Units = Literal["tokenizer seeds", "generator seeds given one tokenizer"]  # what an interval speaks about
 WIDE_RATIO = 3.0  # an interval of compute whose ends are further apart than this is "not identified"
 WIDE_SHARE = 0.30  # so is one of an exponent that is wider than this share of it
 
@@ -95,7 +96,7 @@ def parametric_t(fit: Fit, draws: int = 2 * DRAWS, seed: int = 0, level: float =
     the draws are Student-t and not normal. For points that are independent; ``Refusal`` for grouped ones.
     """
     method = f"parametric-t bootstrap, {draws} draws"
-    if fit.n_groups is not None and fit.n_groups > 1:
+    if fit.n_groups is not None:
         raise Refusal("grouped", "a parametric bootstrap takes points as independent; these come in groups")
     if fit.sigma is None:
         return {n: Interval(v, None, None, level, method, 0, "no degree of freedom") for n, v in fit.params.items()}
@@ -128,15 +129,36 @@ def resample_units(units: int, draws: int, rng: np.random.Generator) -> NDArray[
     return rng.integers(0, units, (draws, units))
 
 
-def hierarchical(estimate: float, replicates: Array, units: int, *, floor: float | None = None) -> Interval:
+RESAMPLED: dict[Units, tuple[str, str]] = {  # how, and why not with one
+    "tokenizer seeds": (
+        "hierarchical bootstrap (tokenizer seed > generator run)",
+        "one tokenizer seed says nothing about another",
+    ),
+    "generator seeds given one tokenizer": (
+        "bootstrap over generator seeds given one tokenizer",
+        "one tokenizer seed with one generator seed: checkpoints of one run are not independent",
+    ),
+}
+
+
+def hierarchical(
+    estimate: float,
+    replicates: Array,
+    units: int,
+    *,
+    floor: float | None = None,
+    over: Units = "tokenizer seeds",
+) -> Interval:
     """Interval from replicates of a bootstrap over tokenizer seeds (and generator runs within them).
 
     Student-t with seeds - 1 degrees of freedom around the estimate, at the bootstrap's standard error corrected for
-    the small number of seeds. With two seeds t is 12.7: that is what two seeds are worth.
+    the small number of seeds. With two seeds t is 12.7: that is what two seeds are worth. ``over``: within one
+    tokenizer the units are its generator seeds, each a training run of every size.
     """
-    method = f"hierarchical bootstrap (tokenizer seed > generator run), {len(replicates)} draws, Student-t"
+    how, alone = RESAMPLED[over]
+    method = f"{how}, {len(replicates)} draws, Student-t"
     if units < 2:
-        return Interval(estimate, None, None, LEVEL, method, 0, "one tokenizer seed says nothing about another")
+        return Interval(estimate, None, None, LEVEL, how, 0, alone)
     held = replicates[np.isfinite(replicates)]
     if len(held) < 0.9 * len(replicates):
         return Interval(estimate, None, None, LEVEL, method, units - 1, "too many resamples could not be fitted")

@@ -128,6 +128,9 @@ def test_intervals_are_named_and_never_of_zero_width():
     assert independent.dof == 3
     exact = fit(X[:4], noisy(4)[:4], groups=[0, 0, 0, 0])
     assert "given one group" in exact.interval_method
+    assert exact.bse == {"E": None, "A": None, "a": None}
+    assert "not independent" in (exact.reason or "")
+    assert fit(X, noisy(4), groups=[0] * 6).conf_int().isna().all(axis=None)
     y = noisy(5)
     same = fit(np.tile(X, 2), np.tile(y, 2), groups=[0] * 6 + [1] * 6)
     assert same.bse == {"E": None, "A": None, "a": None}
@@ -161,6 +164,7 @@ def test_forms_are_compared_on_the_same_points():
 @pytest.mark.parametrize(
     ("change", "code"),
     [
+        ({"x": [], "y": []}, "too_few"),
         ({"x": X[:3], "y": [3.0, 2.0, 1.0]}, "too_few"),
         ({"x": np.repeat(X[:3], 4), "y": np.ones(12)}, "too_few"),
         ({"y": [3.0, 2.0, 1.0, 0.0, 1.0, 1.0]}, "non_positive"),

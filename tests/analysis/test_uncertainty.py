@@ -54,8 +54,9 @@ def test_parametric_t_agrees_with_delta_where_both_hold():
     assert one.low == pytest.approx(other.low, abs=0.25 * (other.high - other.low))
     assert one.high == pytest.approx(other.high, abs=0.25 * (other.high - other.low))
     grouped = fit(np.tile(X, 2), np.concatenate([curve(1)[1], curve(2)[1]]), groups=[0] * 6 + [1] * 6)
-    with pytest.raises(Refusal, match="groups"):
-        parametric_t(grouped)
+    for held in (grouped, fit(X, curve(1)[1], groups=[0] * 6)):
+        with pytest.raises(Refusal, match="groups"):
+            parametric_t(held)
 
 
 @pytest.mark.parametrize("units", [2, 3, 8])
@@ -71,6 +72,9 @@ def test_hierarchical_is_student_for_a_mean(units):
 
 def test_one_seed_says_nothing_about_another():
     assert hierarchical(1.0, np.ones(10), 1).reason == "one tokenizer seed says nothing about another"
+    within = hierarchical(1.0, np.ones(10), 1, over="generator seeds given one tokenizer")
+    assert within.low is None
+    assert "one generator seed" in within.reason
     with pytest.raises(Refusal) as refusal:
         paired([0.1])
     assert refusal.value.code == "one_upstream_seed"
