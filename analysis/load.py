@@ -5,7 +5,7 @@
 
 Every part is read with the schema of ``sweep.schema``: missing columns are inserted as null, unknown ones ignored,
 types cast, and nothing is inferred from a path (a run id such as ``r5e1000000000`` would come back as a number).
-A damaged part is named in a warning and left out. Bare ``pandas.read_parquet(folder)`` is unsafe here: it takes
+A damaged part is named in a warning and left out; in place of a damaged compact file its parts are read. Bare ``pandas.read_parquet(folder)`` is unsafe here: it takes
 its columns from the first file it meets and drops the others without a word.
 """
 
@@ -27,6 +27,7 @@ from sweep.schema import schema as arrow_schema
 
 COLLAPSED = 0.5  # a tokenizer whose perplexity / K is below this is flagged
 UNCONVERGED = 0.10  # so is one whose rFID moved by more than this share of its gFID floor in the last half of training
+PREDICTION = "prediction.parquet"  # in a results folder, beside its tables
 HALF = (0.4, 0.6)  # shares of the training length that count as its half
 
 # columns of the plan that are long texts and that no analysis reads
@@ -78,16 +79,29 @@ def _part(path: Path, name: str) -> pa.Table:
     return pa.table(columns, schema=kinds)
 
 
-def _sources(study: Path, name: str) -> list[Path]:
-    """Files that hold a table: the compact one, and all parts where one of them is newer."""
+def _sources(study: Path, name: str) -> tuple[list[Path], list[Path]]:
+    """Files that hold a table, and those that hold it too and are read where one of the first is damaged.
+
+    The compact one, and all parts where one of them is newer.
+    """
     compact = study / "compact" / f"{name}.parquet"
     if name == "plan":
-        return [path for path in (study / "plan.parquet", compact) if path.exists()][:1]
+        copies = [path for path in (study / "plan.parquet", compact) if path.exists()]
+        return copies[:1], copies[1:]
     parts = sorted((study / "tables" / name).rglob("*.parquet"))
     if not compact.exists():
-        return parts
+        return parts, []
     written = compact.stat().st_mtime_ns
-    return [compact, *parts] if any(part.stat().st_mtime_ns > written for part in parts) else [compact]
+    newer = any(part.stat().st_mtime_ns > written for part in parts)
+    return ([compact, *parts], []) if newer else ([compact], parts)
+
+
+def _damaged(path: Path, error: Exception, strict: bool = False) -> None:
+    """Name a file that cannot be read: in a warning, or in an error if ``strict``."""
+    line = f"{path}: damaged{'' if strict else ', left out'} ({str(error).splitlines()[0]})"
+    if strict:
+        raise StudyError(line) from None
+    warnings.warn(line, DamagedPart, stacklevel=3)
 
 
 def _current(frame: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -106,7 +120,8 @@ def table(study: str | Path, name: str, pandas: bool = False, strict: bool = Fal
     """One table of a study ("plan", "runs", "curves", "images"), current attempts only; polars or pandas.
 
     An unfinished study gives what there is, an empty one no rows. A part that cannot be read is named in a
-    ``DamagedPart`` warning and left out, or raised as ``StudyError`` if ``strict``.
+    ``DamagedPart`` warning and left out, or raised as ``StudyError`` if ``strict``. Where it is the compact file, the
+    parts that it was made of are read if they are still there.
     """
     folder = Path(study)
     if name not in TABLES:
@@ -115,14 +130,17 @@ def table(study: str | Path, name: str, pandas: bool = False, strict: bool = Fal
         raise StudyError(f"{folder}: no such results folder")
     _version(folder)
     found = [arrow_schema(name).empty_table()]
-    for path in _sources(folder, name):
-        try:
-            found.append(_part(path, name))
-        except (pa.ArrowException, OSError) as error:
-            line = f"{path}: damaged, left out ({str(error).splitlines()[0]})"
-            if strict:
-                raise StudyError(line) from None
-            warnings.warn(line, DamagedPart, stacklevel=2)
+    first, instead = _sources(folder, name)
+    for paths in (first, instead):
+        whole = True
+        for path in paths:
+            try:
+                found.append(_part(path, name))
+            except (pa.ArrowException, OSError) as error:
+                _damaged(path, error, strict)
+                whole = False
+        if whole:
+            break
     frame = pl.from_arrow(pa.concat_tables(found))
     assert isinstance(frame, pl.DataFrame)
     frame = _current(frame.unique(maintain_order=True), name)
@@ -130,11 +148,24 @@ def table(study: str | Path, name: str, pandas: bool = False, strict: bool = Fal
 
 
 def plan(study: str | Path) -> pl.DataFrame:
-    """The plan of a study; StudyError if there is none."""
+    """The plan of a study; StudyError if there is none, or none that can be read."""
     frame = table(study, "plan")
     if frame.is_empty():
+        table(study, "plan", strict=True)  # names a damaged file
         raise StudyError(f"{study}: no plan.parquet; plan the study first (python -m sweep.plan grid.yaml)")
     return frame
+
+
+def prediction(study: str | Path) -> pl.DataFrame | None:
+    """What was predicted for the largest budget (``analysis.prediction``); None without a file that can be read."""
+    path = Path(study) / PREDICTION
+    if not path.exists():
+        return None
+    try:
+        return pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        _damaged(path, error)
+        return None
 
 
 def slug(name: str) -> str:
@@ -279,6 +310,18 @@ def _settings(axes: pl.Series) -> pl.Series:
     return pl.Series("setting", texts, pl.String)
 
 
+def _sized(frame: pl.DataFrame) -> pl.DataFrame:
+    """Gives generators of a grid without a ladder of sizes a ``generator_size``.
+
+    Where every rate has one, they are of one size, though their parameters may depend on the rate; else parameters
+    name it.
+    """
+    unnamed = frame.filter(pl.col("generator_size").is_null())
+    single = (unnamed.group_by("rate").agg(pl.col("params_core").n_unique())["params_core"] == 1).all()
+    name = pl.lit("one size") if single else pl.col("params_core").cast(pl.String)
+    return frame.with_columns(pl.coalesce("generator_size", name))
+
+
 def points(study: str | Path) -> pl.DataFrame:
     """One row per evaluated generator checkpoint x protocol x evaluation seed (x guidance scale).
 
@@ -298,9 +341,7 @@ def points(study: str | Path) -> pl.DataFrame:
     frame = frame.with_columns(pl.coalesce("flops_to_point", "flops_measured").alias("flops_to_point")).drop(
         "flops_measured"
     )
-    # a grid without a ladder of sizes has generators of no named size: their parameters name it
-    frame = frame.with_columns(pl.coalesce("generator_size", pl.col("params_core").cast(pl.String)))
-    frame = _arms(planned, frame).with_columns(_settings(frame["axes"]))
+    frame = _sized(_arms(planned, frame).with_columns(_settings(frame["axes"])))
     encoders = planned.filter(pl.col("stage") == "tokenizer")
     # a tokenizer's row pays for every checkpoint that is encoded; a generator reads one of them
     encoders = encoders.with_columns(pl.col("flops_encode") / pl.col("encode").list.len().clip(1))

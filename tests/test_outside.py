@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,8 +55,15 @@ def test_from_plan_to_figure(tmp_path):
     rising = points.sort("point").group_by("tokenizer", maintain_order=True).agg("nll_bits")["nll_bits"]
     assert all(lengths[0] > lengths[-1] for lengths in rising.to_list())  # it learns
     call(tmp_path, "analysis.figures", "results/outside")
-    drawn = {path.name for path in (tmp_path / "results" / "outside" / "figures").iterdir()}
+    figures = tmp_path / "results" / "outside" / "figures"
+    drawn = {path.name for path in figures.iterdir()}
     assert {"fig1_generation.png", "fig4_samples.png", "report.md"} <= drawn
+    # its generators have no named size and one of parameters for each rate; no cell is empty
+    panels = json.loads((figures / "fig4_samples.json").read_text())["panels"]
+    assert [len(panel["pictures"]) for panel in panels] == [1, 1]  # two rates, one size
+    assert panels[0]["title"] == "one size"
+    markers = json.loads((figures / "fig1_generation.json").read_text())["panels"][0]["lines"]
+    assert sum(len(line["x"]) for line in markers if line["marker"] == "o") == points.height
 
 
 def test_the_example_is_short():
