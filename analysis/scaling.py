@@ -205,14 +205,14 @@ def _bands(laws: Sequence[Law]) -> str:
         return "No law was fitted."
     if not banded:
         reasons = dict.fromkeys(law.intervals["a"].reason or "no standard error" for law in laws)
-        one = all(len(law.arm.seeds) == 1 for law in laws)
-        return f"No bands: {'one tokenizer seed' if one else '; '.join(reasons)}."
+        return f"No bands: {'; '.join(reasons)}."
     counts = _span([len(law.arm.seeds) for law in banded])
-    over = "; ".join(report.methods(law.intervals["a"] for law in banded))
+    over = dict.fromkeys(f"{counts} {law.units}" if law.units == "tokenizer seeds" else law.units for law in banded)
+    how = "; ".join(report.methods(law.intervals["a"] for law in banded))
     thin = any(law.misfit.fits and not law.drawn and len(law.arm.seeds) > 1 for law in laws)
     return (
-        f"Bands: 95 %, {counts} tokenizer seed{'s' * (counts != '1')} ({over}), drawn where they are narrower than a "
-        f"factor of {WIDE_RATIO:g} throughout{'; otherwise thin lines show the seeds' * thin}."
+        f"Bands: 95 % over {' and '.join(over)} ({how}), drawn where they are narrower than a factor of "
+        f"{WIDE_RATIO:g} throughout{'; otherwise thin lines show the seeds' * thin}."
     )
 
 

@@ -181,6 +181,25 @@ def test_one_flagged_seed_is_not_all_of_them(make_study):
     assert names == {"4x64", "16x64 *"}
 
 
+@pytest.mark.parametrize(
+    ("seeds", "sentence"),
+    [
+        ({"seeds": (0, 1)}, "Bands: 95 % over 2 tokenizer seeds (hierarchical bootstrap (tokenizer seed > "),
+        ({"seeds": (0,)}, "No bands: one tokenizer seed with one generator seed"),
+        ({"seeds": (0,), "generator_seeds": (0, 1, 2)}, "Bands: 95 % over generator seeds given one tokenizer (boot"),
+    ],
+)
+def test_bands_are_named_by_what_they_are_over(make_study, seeds, sentence):
+    folder = make_study(**seeds)
+    text, _ = draw(folder, "fig1_generation")
+    assert sentence in text
+    written = report.text(report.Results(study.read(folder)))
+    assert ("95 % (hierarchical" in written) == (len(seeds["seeds"]) > 1)
+    assert ("paired by tokenizer seed" in written) == (len(seeds["seeds"]) > 1)
+    text, _ = draw(folder, "fig3_best_rate")
+    assert ("none can be resolved with one tokenizer seed" in text) == (len(seeds["seeds"]) == 1)
+
+
 def test_an_outcome_off_the_axis_is_an_arrow_with_its_number(make_study):
     folder = make_study(tokenizer_sd=0.0, generator_sd=0.0)
     assert frontier.main([str(folder), "--predict-largest"]) == 0
@@ -243,7 +262,7 @@ def test_a_damaged_part_is_named_and_survived(make_study, tmp_path, capsys):
         (lambda folder: None, "no such results folder"),
         (lambda folder: folder.mkdir(), "no plan.parquet; plan the study first"),
         (lambda folder: (folder.mkdir(), (folder / "plan.lock.json").write_text('{"version": 7}')), "version: got 7"),
-        (lambda folder: (folder.mkdir(), (folder / "plan.parquet").write_bytes(b"PAR1")), "no plan.parquet"),
+        (lambda folder: (folder.mkdir(), (folder / "plan.parquet").write_bytes(b"PAR1")), "plan.parquet: damaged"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::analysis.load.DamagedPart")
