@@ -506,9 +506,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.predict_largest:
             print(prediction.write(held))
             return 0
+        for line in held.damaged:
+            print(line, file=sys.stderr)
         if held.points.is_empty():
-            raise StudyError(f"{held.folder}: no generator measured yet (0 of {held.planned} planned evaluations)")
-        arms, refused = arms_of(held, arguments.metric or held.main, arguments.total, arguments.models)
+            raise StudyError(f"{held.folder}: no generator to fit yet ({held.progress})")
+        metric = arguments.metric or (held.main if held.extractors else "nll_bits")
+        if metric not in held.metrics:
+            allowed = ", ".join(held.metrics) or "none yet"
+            raise StudyError(f"{held.folder}: metric: got {metric!r}; measured: {allowed}")
+        if not held.unguided:
+            print(f"{held.folder}: no unguided evaluation; these are guided, protocol {held.points['protocol'][0]}")
+        arms, refused = arms_of(held, metric, arguments.total, arguments.models)
         for each in arms:
             try:
                 print(law(each).fit.summary())

@@ -5,8 +5,9 @@
 
 Every part is read with the schema of ``sweep.schema``: missing columns are inserted as null, unknown ones ignored,
 types cast, and nothing is inferred from a path (a run id such as ``r5e1000000000`` would come back as a number).
-A damaged part is named in a warning and left out; in place of a damaged compact file its parts are read. Bare ``pandas.read_parquet(folder)`` is unsafe here: it takes
-its columns from the first file it meets and drops the others without a word.
+A damaged part is named in a warning and left out; in place of a damaged compact file its parts are read. Bare
+``pandas.read_parquet(folder)`` is unsafe here: it takes its columns from the first file it meets and drops the others
+without a word.
 """
 
 from __future__ import annotations

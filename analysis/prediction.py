@@ -53,13 +53,15 @@ COLUMNS: dict[str, Any] = {
 
 
 def file(folder: Path) -> Path:
-    return folder / "prediction.parquet"
+    return folder / load.PREDICTION
 
 
 def predict(held: study.Study) -> pl.DataFrame:
     """The largest planned budget from all smaller ones, one row per rate and metric; StudyError if there is none."""
     planned = load.plan(held.folder).filter(pl.col("stage") == "evaluation", pl.col("generator").is_not_null())
     budgets = planned["flops_target"].drop_nulls().unique().sort().to_list()
+    if len(planned) and not budgets:
+        raise load.StudyError(f"{held.folder}: a prediction needs a plan by FLOP budgets; this one is by steps")
     if held.points.is_empty() or len(budgets) < 4:
         raise load.StudyError(
             f"{held.folder}: a prediction needs generators measured at three budgets and a larger one planned; "
@@ -136,7 +138,10 @@ def write(held: study.Study) -> str:
     """Write prediction.parquet into the results folder; a sentence about what was written."""
     frame = predict(held)
     path = file(held.folder)
-    if path.exists() and not pl.read_parquet(path)["outcome_known"].any() and frame["outcome_known"].any():
+    if path.exists() and held.prediction is None:
+        raise load.StudyError(f"{path}: damaged; delete it to predict again")
+    before = held.prediction is not None and not held.prediction["outcome_known"].any()
+    if before and frame["outcome_known"].any():
         raise load.StudyError(f"{path}: was written before its outcome was known; delete it to predict again")
     staged = path.with_name(f".{path.name}.tmp")
     frame.write_parquet(staged)
@@ -147,7 +152,10 @@ def write(held: study.Study) -> str:
 
 
 def outcome(held: study.Study, frame: pl.DataFrame) -> pl.DataFrame:
-    """Adds to a prediction what came out: ``outcome`` (mean over seeds of the envelope), ``by_seed``, ``inside``."""
+    """Adds to a prediction what came out: ``outcome`` (mean over seeds of the envelope), ``by_seed``, ``inside``.
+
+    ``outcome`` is null until as many tokenizer seeds are there as were predicted: it is their mean that was.
+    """
     found = []
     for row in frame.iter_rows(named=True):
         values: list[float] = []
@@ -156,7 +164,8 @@ def outcome(held: study.Study, frame: pl.DataFrame) -> pl.DataFrame:
             values = table.loc[table["budget"] == row["flops"], "y"].tolist()
         except Refusal:
             pass
-        mean = math.exp(sum(math.log(v) for v in values) / len(values)) if values else None
+        whole = len(values) >= max(row["seeds"] or 1, 1)
+        mean = math.exp(sum(math.log(v) for v in values) / len(values)) if whole else None
         inside = None if mean is None or row["low"] is None else row["low"] <= mean <= row["high"]
         found.append({"outcome": mean, "by_seed": values, "inside": inside})
     added = pl.DataFrame(found, schema={"outcome": pl.Float64, "by_seed": pl.List(pl.Float64), "inside": pl.Boolean})

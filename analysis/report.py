@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import polars as pl
 
 from analysis import load, prediction, study, tuning
-from analysis.arms import Arm, named, words
+from analysis.arms import Arm, envelope_table, named, words
 from analysis.fit import Refusal, compare
-from analysis.frontier import Crossing, Law, arms_of, best, crossings, law
+from analysis.frontier import Crossing, Law, arms_of, best, candidates, crossings, law
 from analysis.uncertainty import Interval, short, spearman, spread
 
 SHARED = 10  # generators that share stage 1 in the report's second reading of total compute
@@ -109,7 +110,9 @@ class Results:
     def best_rates(self) -> pd.DataFrame:
         """``frontier.best`` per metric and generator size; size null is the best over sizes."""
         found = []
-        for metric in self.metrics[:-1] or self.metrics:  # code length is no quality across rates
+        for metric in self.metrics:
+            if metric == "nll_bits":  # code length is no quality across rates
+                continue
             arms = self.of(metric).arms
             sizes: list[str | None] = [None, *(arms[0].sizes if arms else ())]
             for size in sizes:
@@ -177,11 +180,12 @@ def extent(held: study.Study) -> str:
     points = held.points
     if points.is_empty():
         return f"0 of {held.planned} planned points"
-    budgets, lengths = points["flops_target"].drop_nulls().n_unique(), points["point"].n_unique()
+    budgets = f"{len(held.budgets)} budgets"
+    if held.by_steps:  # their own computes hardly meet, so curves are interpolated
+        budgets = f"{points['point'].n_unique()} training lengths, compared at {budgets} between them"
     return (
         f"{len(points)} of {held.planned} planned points: {points['rate'].n_unique()} rates, "
-        f"{points['generator_size'].n_unique()} generator sizes, "
-        f"{f'{budgets} budgets' if budgets else f'{lengths} training lengths'}; "
+        f"{points['generator_size'].n_unique()} generator sizes, {budgets}; "
         f"{_seeds(points, 'tokenizer', 'generator', 'evaluation')}"
     )
 
@@ -306,12 +310,14 @@ def text(results: Results) -> str:
         lines += swept
     lines += ["", "## How sure", ""]
     lines += _spreads(results) + _agreement(held) + _guided(held)
-    path = prediction.file(held.folder)
-    if path.exists():
+    if held.prediction is not None:
         lines += ["", "## Prediction of the largest budget", ""]
-        for row in prediction.outcome(held, pl.read_parquet(path)).iter_rows(named=True):
+        for row in prediction.outcome(held, held.prediction).iter_rows(named=True):
             lines.append(f"- {_foretold(row)}")
-    lines += [f"- {line}" for line in held.damaged]
+    if held.lost or held.damaged:
+        lines += ["", "## Left out", ""]
+        lines += [f"- {run}: {how}." for run, how in held.lost.items()]
+        lines += [f"- {line}." for line in held.damaged]
     lines += [] if laws else ["", "No law was fitted."]
     return "\n".join(lines) + "\n"
 
@@ -389,7 +395,7 @@ def _spreads(results: Results) -> list[str]:
     for metric in results.metrics:
         frame = results.held.fitted.filter(pl.col(metric) > 0).select(
             "rate",
-            (pl.col("generator_size").fill_null("") + "@" + pl.col("flops_target").cast(pl.String)).alias("cell"),
+            pl.format("{}@{}", "generator_size", tuning.BUDGET).alias("cell"),
             pl.col("tokenizer_seed").alias("seed"),
             pl.col(metric).alias("value"),
         )
@@ -429,19 +435,41 @@ def _agreement(held: study.Study) -> list[str]:
 
 
 def _guided(held: study.Study) -> list[str]:
-    """Who wins with guidance, at the largest budget that has it, beside who wins without."""
-    frame = held.guided
-    if frame.is_empty() or held.main not in frame.columns:
+    """Who wins with guidance, at the largest budget that has it, beside who wins without.
+
+    Envelopes as everywhere else, of the same candidates in both: sizes measured both ways for every tokenizer seed, as
+    many evaluation seeds. So the unguided values may differ from those of "Which rate wins", which have more of each.
+    """
+    if not held.unguided and len(held.points):
+        return [f"- No unguided evaluation: every curve is of the guided protocol {held.points['protocol'][0]}."]
+    if held.guided.is_empty() or held.main not in held.guided.columns:
         return []
-    largest = float(frame["flops_target"].max())  # type: ignore[arg-type]
+    ways = {"guided": study.one_protocol(held.guided), "unguided": held.points}
+    samples = {way: rows["evaluation_seed"].unique().sort().to_list() for way, rows in ways.items()}
+    count = min(map(len, samples.values()))
+    ways = {way: rows.filter(pl.col("evaluation_seed").is_in(samples[way][:count])) for way, rows in ways.items()}
+    arms: dict[str, dict[str, Arm]] = {}
     lines = []
-    for name, rows in (("guided", frame), ("unguided", held.points)):
-        at = rows.filter(pl.col("flops_target") == largest, pl.col(held.main).is_not_null())
-        sized = at.group_by("rate", "tokenizer_seed").agg(pl.col(held.main).min().log())
-        means = sized.group_by("rate").agg(pl.col(held.main).mean().exp()).sort(held.main)
-        if len(means):
-            order = ", ".join(f"{rate} {value:.3g}" for rate, value in means.iter_rows())
-            lines.append(f"- {name} at {short(largest)} FLOPs, best size per seed, {words(held.main)}: {order}.")
+    for way, rows in ways.items():
+        found, refused = arms_of(replace(held, points=rows), held.main)
+        arms[way] = {each.rate: each for each in found}
+        lines += [f"- {way}, {why.sentence}." for why in refused.values()]
+    shared = [rate for rate in arms["guided"] if rate in arms["unguided"]]
+    pairs = [candidates([arms[way][rate] for way in ways]) for rate in shared]
+    tables = [[envelope_table(each).assign(rate=each.rate) for each in pair] for pair in pairs if pair]
+    if not tables:
+        return lines
+    budgets = [set(guided["budget"]) for guided, _ in tables]
+    largest = max(set.intersection(*budgets) or set.union(*budgets))
+    chosen = "another evaluation seed" if count > 1 else "the evaluation seed that is reported"
+    for way, own in zip(ways, zip(*tables, strict=True), strict=True):
+        at = pd.concat(own).query("budget == @largest")
+        means = np.exp(np.log(at["y"]).groupby(at["rate"]).mean()).sort_values()
+        order = ", ".join(f"{rate} {value:.3g}" for rate, value in means.items())
+        lines.append(
+            f"- {way} at {short(largest)} FLOPs, best size per tokenizer seed among those measured both ways (chosen "
+            f"by {chosen}), {words(held.main)}: {order}."
+        )
     return lines
 
 

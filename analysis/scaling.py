@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
 from analysis import report, study
-from analysis.arms import envelope_table, named, words
-from analysis.frontier import Law
+from analysis.arms import envelope_table, named, nearest, words
+from analysis.frontier import Law, candidates
 from analysis.report import Curves, Results
 from analysis.theme import (
     ASTERISK,
@@ -49,7 +49,7 @@ DODGE = 0.035  # markers of neighbouring rates are shifted by this share of thei
 def generators(results: Results, metric: str) -> pl.DataFrame:
     held = results.held
     if held.points.is_empty() or metric not in held.points.columns or held.points[metric].is_null().all():
-        raise Missing(f"no generator has {words(metric)} yet ({len(held.points)} of {held.planned} points measured)")
+        raise Missing(f"no generator has {words(metric)} yet ({held.progress})")
     return held.points.filter(pl.col(metric) > 0)
 
 
@@ -73,7 +73,8 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
         alike: dict[tuple[str, bool, Gate], list[tuple[float, float]]] = {}
         chosen = _on_envelope(curves, rate)
         for row in rows.iter_rows(named=True):
-            on = (row["tokenizer_seed"], row["flops_target"], row["generator_size"]) in chosen
+            at = nearest(row["flops_target"], row["flops_to_point"])
+            on = any((row["tokenizer_seed"], budget, row["generator_size"]) in chosen for budget in at)
             shape = "x" if row["past_minimum"] else MARKERS[sizes.index(row["generator_size"]) % len(MARKERS)]
             look = shape, on, verdict([row["tokenizer_gate"]])
             alike.setdefault(look, []).append((row["flops_to_point"] * dodge, row[metric]))
@@ -139,6 +140,7 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
 
 
 def _on_envelope(curves: Curves, rate: str) -> set[tuple[Any, ...]]:
+    """Tokenizer seed, budget and generator size of the envelope that the law of a rate was fitted to."""
     law = curves.laws.get(rate)
     if law is None:
         return set()
@@ -329,7 +331,7 @@ def best_rate(results: Results, extractor: str) -> tuple[Figure, Caption]:
         left.spines[side].set_visible(False)
     left.set(xlabel="generator training compute (FLOPs)", ylabel="generator size")
     left.set_title("a  best rate (pale: not resolved)")
-    arms = results.of(metric).arms
+    arms = candidates(results.of(metric).arms)
     shades = sns.color_palette("flare", len(budgets))
     ends = []
     every: list[float] = []
