@@ -66,6 +66,7 @@ class Design:
     images: bool = True
     memorised: bool = False  # the smallest rate's smallest size passes its held-out minimum at the last budget
     diverged: int = 0  # generator runs without their last point
+    by_steps: bool = False  # no targets: a point's compute depends on its size and rate
     flops_upstream: float = 2e11
     compact: bool = True
     seed: int = 0
@@ -166,7 +167,9 @@ def build(folder: Path, design: Design | None = None, **changes: Any) -> Path:
                     parts.add("runs", generator, [{"stage": "generator", "status": "diverged" if broken else "done"}])
                     for j, (budget, step) in enumerate(zip(design.budgets, points, strict=True)):
                         flops = budget * (1 + 0.004 * rng.uniform(-1, 1))
-                        best = math.log(20_000) + 0.5 * math.log(budget / 3e9)  # the size that this budget suits
+                        if design.by_steps:
+                            flops = budget * (params / 25_000) ** 0.3 * rate.tokens**0.2
+                        best = math.log(20_000) + 0.5 * math.log(flops / 3e9)  # the size that this compute suits
                         penalty = 1 + 0.06 * (math.log(params) - best) ** 2
                         last = j == len(design.budgets) - 1
                         memorised = design.memorised and last and size == "5k" and rate is design.rates[0]
@@ -179,7 +182,8 @@ def build(folder: Path, design: Design | None = None, **changes: Any) -> Path:
                                 plan.append(
                                     {**built, "run_id": evaluation, "stage": "evaluation", "point": step}
                                     | {"checkpoint": checkpoint, "protocol": mode, "protocol_id": name}
-                                    | {"flops_target": budget, "flops_to_point": flops, "evaluation_seed": k}
+                                    | {"flops_target": None if design.by_steps else budget}
+                                    | {"flops_to_point": flops, "evaluation_seed": k}
                                     | {"flops_sample": 2.0 * params * rate.tokens * 1000, "flops_upstream": 9e99}
                                 )
                                 if broken and last:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
 from scipy.optimize import brentq
 
-from analysis import frontier, load, study
+from analysis import figures, frontier, load, report, scaling, study
 from analysis.arms import (
     Arm,
     Envelope,
@@ -446,6 +447,13 @@ def test_memorising_points_are_left_out_and_counted(digits):
     assert held.left_out["past the held-out minimum"] == len(past) == 2
     assert held.left_out["diverged generator run"] == 1
     assert held.left_out["planned but not measured"] == 1
+    assert held.left_out["points of diverged or failed runs"] == 4
+    # that run is listed, and no point of it is fitted, those before it diverged included
+    ((run, how),) = held.lost.items()
+    assert how == "diverged generator run"
+    assert run not in held.points["generator"].to_list()
+    assert len(held.points) == held.planned - 5
+    assert f"- {run}: diverged generator run." in report.text(report.Results(held))
     table = envelope_table(arm(held.points, "4x64", "nll_bits"))
     assert not ((table["size"] == "5k") & (table["budget"] == table["budget"].max())).any()
 
@@ -478,6 +486,131 @@ def test_arms_of_a_study_report_refusals(digits):
     arms, refused = arms_of(replace(held, points=held.points.with_columns(collapsed)), "nll_bits")
     assert [each.rate for each in arms] == ["16x64", "16x256"]
     assert refused["4x64"].code == "non_positive"
+
+
+def rewrite(folder, *changes, table="curves"):
+    path = folder / "compact" / f"{table}.parquet"
+    pl.read_parquet(path).with_columns(*changes).write_parquet(path)
+    return folder
+
+
+def test_an_unknown_metric_is_one_line(digits, capsys):
+    assert frontier.main([str(digits), "--metric", "gfid"]) == 2
+    said = capsys.readouterr().err
+    assert "metric: got 'gfid'; measured: nll_bits, nll_bits_train, fid_digits_supervised" in said
+    assert len(said.splitlines()) == 1
+    assert "guidance," not in said
+
+
+def test_a_study_with_guided_samples_only_is_compared(make_study, pair, capsys):
+    folder = make_study(rates=pair, tokenizer_sd=0.02)
+    rewrite(folder, pl.when(pl.col("guidance") == 1.0).then(1.5).otherwise("guidance").alias("guidance"))
+    held = study.read(folder)
+    assert not held.unguided
+    assert held.guided.is_empty()
+    assert len(held.points) == held.planned
+    assert frontier.main([str(folder)]) == 0
+    assert "no unguided evaluation; these are guided, protocol unguided" in capsys.readouterr().out
+    assert "No unguided evaluation: every curve is of the guided protocol" in report.text(report.Results(held))
+
+
+def test_a_study_without_a_run_that_ended_well_says_so(make_study, capsys):
+    folder = make_study(budgets=(1e10, 3e10), sizes={"5k": 5000}, seeds=(0,))
+    broken = pl.when(pl.col("stage") == "generator").then(pl.lit("diverged")).otherwise("status").alias("status")
+    rewrite(folder, broken, pl.lit("loss of nan at step 7").alias("reason"), table="runs")
+    assert frontier.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "no generator to fit yet (0 of 6 points measured; 3 diverged generator runs" in said
+    assert set(study.read(folder).lost.values()) == {"diverged generator run, loss of nan at step 7"}
+    assert figures.main([str(folder), "--only", "fig1_generation"]) == 2
+    assert "3 diverged generator runs" in capsys.readouterr().err
+    (folder / "compact" / "curves.parquet").unlink()
+    with pytest.raises(
+        load.StudyError, match=r"nothing measured yet .0 of 12 planned evaluations; 3 diverged generator"
+    ):
+        study.read(folder)
+
+
+def test_guided_and_unguided_are_compared_on_the_same_candidates(make_study, pair):
+    """Guided samples: one evaluation seed, one size; unguided: two, of which the other size is lower."""
+    sizes = {"5k": 5000, "25k": 25000}
+    folder = make_study(rates=pair, guided=True, evaluation_seeds=(0, 1), sizes=sizes, budgets=(1e10, 1e11))
+    plan = pl.read_parquet(folder / "plan.parquet")
+    small = plan.filter(pl.col("protocol") == "guided", pl.col("generator_size") == "5k")["run_id"].to_list()
+    path = folder / "compact" / "curves.parquet"
+    pl.read_parquet(path).filter(~pl.col("run_id").is_in(small)).write_parquet(path)
+    held = study.read(folder)
+    lines = [line for line in report.text(report.Results(held)).splitlines() if "measured both ways" in line]
+    assert [line.split(" at ")[0] for line in lines] == ["- guided", "- unguided"]
+    assert all("(chosen by the evaluation seed that is reported)" in line for line in lines)
+    for line, rows in zip(lines, (held.guided, held.points.filter(pl.col("evaluation_seed") == 0)), strict=True):
+        for rate in ("4x64", "16x64"):
+            cell = rows.filter(rate=rate, generator_size="25k", flops_target=1e11)[FID].log().mean()
+            assert f"{rate} {math.exp(cell):.3g}" in line
+
+
+def test_a_checkpoint_past_its_minimum_is_so_for_every_protocol(make_study):
+    held = study.read(make_study(guided=True, memorised=True))
+    past = held.points.filter("past_minimum")["checkpoint"].to_list()
+    assert past
+    assert set(held.guided.filter("past_minimum")["checkpoint"]) == set(past)
+
+
+def test_both_panels_of_the_best_rate_hold_the_same_values(make_study, pair):
+    """One rate lacks the larger sizes, of which the other's best is one: that is compared, and drawn, without them."""
+    folder = make_study(rates=pair, tokenizer_sd=0.01)
+    plan = pl.read_parquet(folder / "plan.parquet")
+    lacking = plan.filter(pl.col("tokens") == 4, pl.col("generator_size").is_in(["120k", "600k"]))["run_id"]
+    lacking = lacking.to_list()
+    path = folder / "compact" / "curves.parquet"
+    pl.read_parquet(path).filter(~pl.col("run_id").is_in(lacking)).write_parquet(path)
+    results = report.Results(study.read(folder))
+    figure, _ = scaling.best_rate(results, "digits_supervised")
+    stars = [line.get_ydata()[0] for line in figure.axes[1].lines if line.get_marker() == "*"]
+    plt.close(figure)
+    table = results.best_rates[lambda each: (each["metric"] == FID) & each["size"].isna()]
+    assert len(table) == 5
+    assert set(table["value"].round(9)) == set(np.round(stars, 9))
+    whole = arm(results.held.points, "16x64", FID)
+    assert envelope_table(whole).query("budget == budget.max()")["size"].tolist() == ["120k"] * 2
+
+
+def test_code_length_alone_is_left_out_of_best_rates(make_study, pair):
+    folder = make_study(rates=pair)
+    path = folder / "compact" / "curves.parquet"
+    for without, metrics in (("nll_bits", {FID, "fid_digits_contrastive"}), ("fid", set())):
+        whole = pl.read_parquet(path)
+        whole.filter(pl.col("metric") != without).write_parquet(path)
+        table = report.Results(study.read(folder)).best_rates
+        assert set(table["metric"] if len(table) else ()) == metrics
+        whole.write_parquet(path)
+
+
+def test_a_study_planned_by_steps_is_drawn_and_reported(make_study, pair, capsys):
+    folder = make_study(
+        rates=pair, seeds=(0, 1, 2), by_steps=True, tokenizer_sd=0.005, noise_sd=0.002, generator_sd=0.0, guided=True
+    )
+    held = study.read(folder)
+    assert held.by_steps
+    assert held.budgets == [10 ** (k / 4) for k in range(38, 49)]
+    arms, refused = arms_of(held, FID)
+    assert not refused
+    truth = brentq(lambda c: pair[0].fid(c) - pair[1].fid(c), 5e9, 1e12)
+    answer = crossing(*arms)
+    assert answer.verdict == "crossing", answer.sentence()
+    assert answer.flops.low <= truth <= answer.flops.high
+    assert figures.main([str(folder)]) == 0
+    assert "fig3_best_rate: not drawn" not in capsys.readouterr().out
+    written = (folder / "figures" / "report.md").read_text()
+    assert "gFID (digits-supervised): tokenizer seeds of one rate differ by" in written
+    assert "4x64 and 16x64, gFID (digits-supervised): crossing at" in written
+    # guided samples of the last point alone give no curve that could be read at a shared compute
+    assert "either side of a compute" in written
+    # the points between which an envelope runs are strong, the others pale
+    figure, _ = scaling.generation(report.Results(held), "digits_supervised")
+    strong = [len(line.get_xdata()) for line in figure.axes[0].lines if line.get_alpha() == 0.95]
+    plt.close(figure)
+    assert len(held.points) / 4 < sum(strong) < 0.8 * len(held.points)
 
 
 def bent(folder):

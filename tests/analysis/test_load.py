@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import load
+from analysis import load, report, study
 from sweep.schema import VERSION, schema
 
 
@@ -51,6 +52,65 @@ def test_a_damaged_part_is_named(tmp_path, part):
     assert frame["run_id"].to_list() == ["raaaaaaaaaaaa"]
     with pytest.raises(load.StudyError, match="run=rbbbbbbbbbbbb"):
         load.table(tmp_path, "curves", strict=True)
+
+
+@pytest.fixture
+def both(make_study):
+    """A study that holds its tables twice: compact, and as parts of which one is the compact file's content."""
+    folder = make_study(budgets=(1e10, 1e11), sizes={"5k": 5000}, seeds=(0,))
+    parts = folder / "tables" / "curves" / "study=digits" / "run=raaaaaaaaaaaa"
+    parts.mkdir(parents=True)
+    content = (folder / "compact" / "curves.parquet").read_bytes()
+    (parts / "0-0000.parquet").write_bytes(content)
+    os.utime(parts / "0-0000.parquet", (1, 1))
+    return folder
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:50])
+    os.utime(path, (2, 2))
+
+
+def test_parts_stand_in_for_a_damaged_compact_file(both):
+    whole = load.table(both, "curves")
+    damage(both / "compact" / "curves.parquet")
+    with pytest.warns(load.DamagedPart, match="compact/curves.parquet: damaged, left out"):
+        again = load.table(both, "curves")
+    assert again.equals(whole)
+    held = study.read(both)
+    assert len(held.points) == held.planned == 6
+    assert len(held.damaged) == 1
+    assert "compact/curves.parquet" in held.damaged[0]
+    # without parts nothing is left, and the reason is not that nothing has been measured
+    shutil.rmtree(both / "tables")
+    with pytest.raises(
+        load.StudyError, match=r"0 of 12 planned evaluations; .*compact/curves.parquet: damaged"
+    ) as error:
+        study.read(both)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::analysis.load.DamagedPart")
+def test_a_damaged_plan_is_named(both):
+    shutil.copy(both / "plan.parquet", both / "compact" / "plan.parquet")
+    whole = load.plan(both)
+    damage(both / "plan.parquet")
+    assert load.plan(both).equals(whole)
+    assert "plan.parquet: damaged, left out" in study.read(both).damaged[0]
+    (both / "compact" / "plan.parquet").unlink()
+    with pytest.raises(load.StudyError, match=r"digits/plan.parquet: damaged \("):
+        load.plan(both)
+
+
+def test_a_damaged_prediction_is_named(both):
+    assert load.prediction(both) is None
+    (both / load.PREDICTION).write_bytes(b"PAR1")
+    with pytest.warns(load.DamagedPart, match=r"prediction.parquet: damaged, left out"):
+        assert load.prediction(both) is None
+    held = study.read(both)
+    assert held.prediction is None
+    assert "prediction.parquet" in held.damaged[0]
+    assert f"- {held.damaged[0]}." in report.text(report.Results(held))
 
 
 def test_the_highest_attempt_counts(tmp_path, part):

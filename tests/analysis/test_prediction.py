@@ -54,6 +54,32 @@ def test_a_curve_that_no_law_fits_is_extrapolated_from_its_end(make_study):
     assert frame["method"].str.contains("the 3 budgets before it").all()
 
 
+def test_an_outcome_of_some_seeds_is_none(make_study):
+    folder = make_study(seeds=(0, 1, 2), tokenizer_sd=0.3, sizes={"5k": 5000})
+    frame = prediction.predict(study.read(folder))
+    plan = pl.read_parquet(folder / "plan.parquet")
+    last = plan.filter(pl.col("flops_target") == 3e11, pl.col("tokenizer_seed") == 2)["run_id"].to_list()
+    path = folder / "compact" / "curves.parquet"
+    pl.read_parquet(path).filter(~pl.col("run_id").is_in(last)).write_parquet(path)
+    out = prediction.outcome(study.read(folder), frame)
+    assert out["by_seed"].list.len().to_list() == [2] * len(out)
+    assert out["outcome"].null_count() == out["inside"].null_count() == len(out)
+
+
+def test_a_damaged_prediction_is_not_written_over(make_study, capsys):
+    folder = make_study(seeds=(0,), sizes={"5k": 5000})
+    (folder / "prediction.parquet").write_bytes(b"PAR1")
+    assert frontier.main([str(folder), "--predict-largest"]) == 2
+    said = capsys.readouterr().err
+    assert "prediction.parquet: damaged; delete it" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_plan_by_steps_has_no_largest_budget(make_study):
+    with pytest.raises(load.StudyError, match="this one is by steps"):
+        prediction.predict(study.read(make_study(by_steps=True, sizes={"5k": 5000}, seeds=(0,))))
+
+
 def test_three_budgets_are_needed(make_study):
     folder = make_study(budgets=(1e10, 3e10, 1e11), sizes={"5k": 5000})
     with pytest.raises(load.StudyError, match="three budgets"):
