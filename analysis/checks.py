@@ -139,7 +139,9 @@ def prediction(results: Results) -> tuple[Figure, Caption]:
     path = foretold.file(held.folder)
     if not path.exists():
         raise Missing(f"{path} has not been written (python -m analysis.frontier {held.folder} --predict-largest)")
-    frame = foretold.outcome(held, pl.read_parquet(path)).filter(pl.col("predicted").is_not_null())
+    if held.prediction is None:
+        raise Missing(f"{path} is damaged")
+    frame = foretold.outcome(held, held.prediction).filter(pl.col("predicted").is_not_null())
     if frame.is_empty():
         raise Missing(f"{path} holds no prediction that was not refused")
     metrics = frame["metric"].unique(maintain_order=True).to_list()

@@ -300,7 +300,7 @@ def text(results: Results) -> str:
             values = [f"{p} = {found.intervals[p]} ({_ends(found.given[p])})" for p in found.intervals if p != "A"]
             lines.append(
                 f"- {words(metric)}, {rate}, {found.fit.formula}: {', '.join(values)}, n = {found.fit.n}, "
-                f"{len(found.arm.seeds)} seeds{sure}{bound}{low}"
+                f"{len(found.arm.seeds)} tokenizer seed{'s' * (len(found.arm.seeds) > 1)}{sure}{bound}{low}"
             )
         lines += [
             f"- {words(metric)}, {rate}: no law, {why.sentence}" for rate, why in results.of(metric).refused.items()

@@ -216,6 +216,34 @@ def test_an_outcome_off_the_axis_is_an_arrow_with_its_number(make_study):
         assert [number for number in panel["texts"] if 8 < float(number.removesuffix("x")) < 10]
 
 
+def test_an_outcome_that_lacks_a_seed_is_said_to(make_study):
+    folder = make_study(images=False)
+    assert frontier.main([str(folder), "--predict-largest"]) == 0
+    points = study.read(folder).points
+    lost = points.filter(rate="4x64", tokenizer_seed=1, flops_target=points["flops_target"].max())["run_id"].to_list()
+    path = folder / "compact" / "curves.parquet"
+    pl.read_parquet(path).filter(~pl.col("run_id").is_in(lost)).write_parquet(path)
+    text, panels = draw(folder, "fig8_prediction")
+    assert "3 outcomes are incomplete." in text  # of three metrics
+    assert "of 6 outcomes lie inside" in text
+    for panel in panels:
+        means = [line["x"] for line in panel["lines"] if line["marker"] == "_"]
+        assert means == [[1.0], [2.0]]  # none at 4x64, whose other seed is drawn
+        assert [line["x"] for line in panel["lines"] if line["marker"] == "o"].count([0.0]) == 1
+    written = report.text(report.Results(study.read(folder)))
+    assert len(re.findall(r"4x64 at 3e11 FLOPs: predicted .*; outcome incomplete\.", written)) == 3
+
+
+def test_a_damaged_prediction_is_said_and_survived(make_study, capsys):
+    folder = make_study(**SMALL)
+    (folder / "prediction.parquet").write_bytes(b"PAR1")
+    assert figures.main([str(folder), "--only", "fig8_prediction"]) == 2
+    said = capsys.readouterr()
+    assert "prediction.parquet: damaged" in said.err
+    assert "prediction.parquet is damaged" in said.err
+    assert "## Prediction" not in report.text(report.Results(study.read(folder)))
+
+
 def test_figures_are_the_same_twice(digits, tmp_path):
     for name in ("a", "b"):
         assert figures.main([str(digits), "--out", str(tmp_path / name), "--only", "fig6_gate"]) == 0
