@@ -37,6 +37,16 @@ Batch = dict[str, Tensor]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
+def sent(value: Tensor, device: str) -> Tensor:
+    """A tensor of the host on ``device``. The host goes on while a GPU fetches it, which takes pinned memory.
+
+    The value may go out of use at once: torch does not hand the pinned memory out again before the copy is over.
+    """
+    if torch.device(device).type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
 class Images(Protocol):
     """A source of labelled images."""
 
@@ -162,7 +172,7 @@ class DigitImages:
             shear=u[:, 4] * fields.shear,
         )
         batch = {"images": images * 2 - 1, "labels": self.labels[index], "index": index}
-        return {name: value.to(device) for name, value in batch.items()}
+        return {name: sent(value, device) for name, value in batch.items()}
 
 
 # --- dead leaves -------------------------------------------------------------------------------------------------
@@ -223,10 +233,10 @@ class DeadLeafImages:
         number = torch.arange(position, position + count, device=device)
         u = uniforms(key("dead leaves", split, seed), number, 8 * (total + 1)).view(count, total + 1, 8)
         low, high = (r ** (1 - fields.exponent) for r in (fields.radius_min, fields.radius_max))
-        palette = self.labels(split, position, count, seed).to(device) % fields.palettes
+        palette = sent(self.labels(split, position, count, seed), device) % fields.palettes
         hue = (palette[:, None] + u[..., 4] + u[..., 5] - 1) / fields.palettes  # neighbours overlap
         saturation, value = 0.3 + 0.7 * u[..., 6], 0.15 + 0.85 * u[..., 7]
-        k = (torch.tensor([5.0, 3.0, 1.0], device=device) + 6 * hue[..., None]) % 6  # HSV to RGB
+        k = (torch.arange(5.0, 0.0, -2.0, device=device) + 6 * hue[..., None]) % 6  # 5, 3, 1: HSV to RGB
         chroma = (value * saturation)[..., None] * torch.minimum(k, 4 - k).clamp(0, 1)
         return Leaves(
             radius=(low + u[:, :-1, 0] * (high - low)) ** (1 / (1 - fields.exponent)),
@@ -262,12 +272,12 @@ class DeadLeafImages:
         images = torch.empty(count, 3, fields.size, fields.size, device=device)
         most = max(1, self.PIXELS.get(images.device.type, 2**17) // fields.size**2)
         for number, shape in enumerate(fields.shapes):
-            of_shape = (labels // fields.palettes == number).nonzero().flatten().to(device)
+            of_shape = (labels // fields.palettes == number).nonzero().flatten()  # on the host, which needs the count
             for first in range(0, len(of_shape), most):
-                rows = of_shape[first : first + most]
+                rows = sent(of_shape[first : first + most], device)
                 images[rows] = self.paint(shape, Leaves(*(value[rows] for value in leaves)))
         index = torch.arange(position, position + count, device=device)
-        return {"images": images, "labels": labels.to(device), "index": index}
+        return {"images": images, "labels": sent(labels, device), "index": index}
 
 
 # --- image folder ------------------------------------------------------------------------------------------------
@@ -290,7 +300,7 @@ class FolderImages:
 
     ``center`` is ADM's centre crop; ``random`` resizes the shorter side to 1 to 1.25 times the size and crops
     anywhere, as LlamaGen trains its tokenizers. ValueError names the path where something is missing, where counts
-    are not those of the grid, or where a file cannot be read.
+    are not those of the grid, where the splits differ in their classes, or where a file cannot be read.
     """
 
     def __init__(self, fields: ImageFolder) -> None:
@@ -308,19 +318,38 @@ class FolderImages:
 
     @cached_property
     def _heldout(self) -> tuple[list[Path], Tensor]:
-        files, labels = self._scan("heldout" if (self.root / "heldout").is_dir() else "val")
-        return files, labels
+        return self._scan(self._other)
 
-    def _scan(self, split: str) -> tuple[list[Path], Tensor]:
+    @property
+    def _other(self) -> str:
+        return "heldout" if (self.root / "heldout").is_dir() else "val"
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        """Names of the folders in both splits: a label is a place in this list."""
+        train, heldout = self._folders("train"), self._folders(self._other)
+        for ours, theirs in zip(train, heldout, strict=True):
+            if ours != theirs:
+                raise ValueError(
+                    f"root: {self.root / 'train'} has a folder {ours} where {self.root / self._other} has {theirs}; "
+                    "allowed: the same classes in both"
+                )
+        return train
+
+    def _folders(self, split: str) -> list[str]:
         folder = self.root / split
         if not folder.is_dir():
             raise ValueError(f"root: {folder} is missing; allowed: train/ and heldout/ (or val/), a folder per class")
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         if len(classes) != self.fields.classes:
             raise ValueError(f"classes: {self.fields.classes} in the grid, but {folder} has {len(classes)} folders")
+        return classes
+
+    def _scan(self, split: str) -> tuple[list[Path], Tensor]:
+        folder = self.root / split
         files: list[Path] = []
         labels: list[int] = []
-        for label, name in enumerate(classes):
+        for label, name in enumerate(self._classes):
             names = sorted(n for n in os.listdir(folder / name) if Path(n).suffix.lower() in SUFFIXES)
             if not names:
                 raise ValueError(f"root: {folder / name} holds no image; allowed: {', '.join(sorted(SUFFIXES))}")
@@ -356,9 +385,9 @@ class FolderImages:
         number = torch.arange(position, position + count)
         u = uniforms(key("folder", split, seed, "crop"), number, 4).tolist()
         read = self._pool.map(self._read, [files[i] for i in index.tolist()], u)
-        pixels = torch.from_numpy(np.stack(list(read))).to(device)
+        pixels = sent(torch.from_numpy(np.stack(list(read))), device)
         images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"images": images, "labels": labels[index].to(device), "index": index.to(device)}
+        return {"images": images, "labels": sent(labels[index], device), "index": sent(index, device)}
 
 
 # --- references --------------------------------------------------------------------------------------------------
@@ -420,7 +449,7 @@ class CodeCache:
     def draw(self, split: Split, position: int, count: int, seed: int, device: str = "cpu") -> Batch:
         """Rows ``position`` to ``position + count`` of an endless stream that visits every row once per epoch."""
         rows = visits(key("codes", split, seed), position, count, self.rows(split))
-        return {name: value.to(device) for name, value in self.take(split, rows.numpy()).items()}
+        return {name: sent(value, device) for name, value in self.take(split, rows.numpy()).items()}
 
     @torch.no_grad()
     def check(self, tokenizer: Codes, images: Images, device: str = "cpu") -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from models.config import VQ, DataFields, DeadLeaves, Digits, ImageFolder
 from models.data import (
@@ -338,6 +339,9 @@ def test_folder_mistakes_are_one_line_with_the_path(folder: Path) -> None:
 
     refused(r"^root: .*nowhere is no folder", root=folder / "nowhere")
     refused(r"^classes: 4 in the grid, but .*train has 3 folders", classes=4)
+    (folder / "val/bee").rename(folder / "val/bug")
+    refused(r"^root: .*train has a folder bee where .*val has bug; allowed: the same classes in both")
+    (folder / "val/bug").rename(folder / "val/bee")
     refused(r"^count: 7 in the grid, but .*train has 6 images", count=7)
     refused(r"^count_heldout: 5 in the grid, but .*val has 6 images", count_heldout=5)
     (folder / "train/bee/1.png").write_bytes(b"no image")
@@ -499,3 +503,59 @@ def test_infinite_sources_cache_the_planned_number(tmp_path: Path) -> None:
     cache = encode(net, data.build(), tmp_path / "codes", seed=0, batch=16)
     assert (cache.rows("train"), cache.rows("heldout")) == (30, 20)
     assert cache.manifest["splits"]["train"]["images"] == 30
+
+
+# --- on a GPU ---
+
+
+class PretendGPU(TorchFunctionMode):
+    """Does on the CPU what is asked of a GPU, and notes where the host would wait for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[Tensor] = []
+        self.waits: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.pin_memory:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        if func is Tensor.to and args[1] == "cuda":
+            if not (kwargs.get("non_blocking") and any(args[0] is value for value in self.pinned)):
+                self.waits.append("to")
+            return args[0].clone()
+        if kwargs.get("device") == "cuda":
+            if func is torch.tensor:  # a copy of host memory
+                self.waits.append("tensor")
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def streams(folder: Path, tokenizer: Any) -> list[Any]:
+    """Everything that training draws from."""
+    files = fields(folder).build()
+    return [*(source.build() for source in SOURCES), files, encode(tokenizer, SMALL.build(), folder / "codes", seed=0)]
+
+
+def test_a_draw_never_waits_for_a_gpu(folder: Path, tokenizer: Any) -> None:
+    for stream in streams(folder, tokenizer):
+        with PretendGPU() as gpu:
+            drawn = stream.draw("train", 5, 12, 3, "cuda")
+        assert gpu.waits == []
+        assert gpu.pinned
+        expected = stream.draw("train", 5, 12, 3)
+        assert all(torch.equal(drawn[name], value) for name, value in expected.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_draw_on_a_gpu_is_that_on_the_cpu(folder: Path, tokenizer: Any) -> None:
+    for stream in streams(folder, tokenizer):
+        drawn, expected = (stream.draw("train", 5, 12, 3, device) for device in ("cuda", "cpu"))
+        for name, value in expected.items():
+            assert drawn[name].is_cuda
+            if name == "images":  # at an edge a pixel may fall to either side
+                assert (drawn[name].cpu() - value).abs().mean() < 1e-2
+            else:
+                assert torch.equal(drawn[name].cpu(), value)
