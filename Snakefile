@@ -46,12 +46,18 @@ for name in RULES:
             STAMPS[name],
         handover: True
         threads: 4096  # all that there are: more than that is scaled down, here or by the launch
+        resources:
+            launches=1,  # without any, a handover gets the cores of a cluster's executor: None
         params:
             python=sys.executable,
             study=STUDY,
             stage=stages.RULES[name].stage,
             # a measurement that fails is listed, and keeps nothing else from running
-            of=f"--of {stages.RULES[name].of} --keep-going" if stages.RULES[name].of else "",
+            of=(
+                f"--of {stages.RULES[name].of} --keep-going"
+                if stages.RULES[name].of
+                else ""
+            ),
         shell:
             "{params.python} -m sweep.launch {params.study} --stage {params.stage} {params.of} --cores {threads}"
 
@@ -63,6 +69,8 @@ rule tables:
     output:
         f"{STUDY}/stamps/tables.txt",
     handover: True
+    resources:
+        launches=1,
     params:
         python=sys.executable,
         study=STUDY,

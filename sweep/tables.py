@@ -266,8 +266,6 @@ def quarantine(study: Path, problems: Iterable[Problem]) -> list[str]:
             os.replace(problem.path, target.with_name(target.name + ".damaged"))
         if problem.kind != "twice":
             follows[_reopen(study, problem)] = None
-    for stamp in (study / "stamps").glob("*"):  # or Snakemake would take these stages for complete
-        stamp.unlink()
     return list(follows)
 
 
@@ -335,6 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.quarantine:
         for sentence in quarantine(study, problems):
             print(sentence, file=sys.stderr)
+        if problems:
+            print("launch these stages again, or call snakemake with --forceall: what is done stays", file=sys.stderr)
     count = sum(len(parts(study, table)) for table in CURRENT)
     print(f"{arguments.study}: {count} parts, {len(problems)} problems")
     return 1 if problems else 0

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sweep import identity, plan, rundir, stages, tables
+from tests import cluster
 
 ROOT = Path(stages.__file__).parents[1]
 GRID = """
@@ -132,6 +134,32 @@ def test_a_dry_run_for_a_cluster_shows_every_stage_from_a_clean_home(tmp_path):
     assert counted == {**dict.fromkeys(rules, "1"), "total": "7"}
     places = [shown.stdout.index(f"rule {name}:") for name in rules]
     assert places == sorted(places)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
+    if why := cluster.missing():
+        pytest.skip(f"no Slurm: {why}")
+    held = cluster.Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        held.start()
+        yield held
+    finally:
+        held.stop()
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_draws_the_figures(finished, slurm, tmp_path):
+    study = finished / "results" / "tiny"
+    (study / "figures" / "fig1_generation.png").unlink()
+    home = {"HOME": str(tmp_path)} | {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("CONFIG", "CACHE")}
+    done = snakemake(finished, "--profile", "slurm", "--forceall", **slurm.environment(), **home)
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M).count("tokenizer") == 1
+    assert re.findall(r"^Job \d+ has been submitted with SLURM jobid", done.stdout, re.M)  # one, for the figures
+    assert done.stdout.count("has been submitted") == 1
+    assert (study / "figures" / "fig1_generation.png").exists()
+    assert "Nothing to be done" in snakemake(finished, "--profile", "slurm", **slurm.environment(), **home).stdout
 
 
 def test_style():
