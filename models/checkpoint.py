@@ -1,8 +1,8 @@
 """How is training state put on disk and read back? Safetensors and JSON, newest valid wins, nothing is unpickled.
 
 Two kinds of folder. ``ckpt`` holds resumable states, ``trunk-<step>`` and ``branch-<point>-<step>``: the last two,
-and the trunk state that the branch in progress left from. ``points`` holds the weights at measurement points, raw
-and averaged, which evaluations and later stages load; they are kept.
+the trunk state that the branch in progress left from, and the furthest one. ``points`` holds the weights at
+measurement points, raw and averaged, which evaluations and later stages load; they are kept.
 
 A state is a folder that appears by one rename, so that a killed writer leaves nothing that looks valid; a file
 that was damaged later fails its checksum and the one before it is used.
@@ -113,31 +113,39 @@ class Checkpoints:
                     yield Saved(path, int(point), int(step))
 
     def save(self, state: State, meta: dict[str, Any], step: int, point: int | None = None) -> None:
-        """Save a resumable state and drop those that are no longer needed."""
+        """Save a resumable state, then drop those that are no longer needed.
+
+        States of the trunk go when the trunk is saved (the furthest stays: a longer point can start there), those of a
+        branch when it is saved, when its point is reached, or when the trunk has passed that point.
+        """
         self.guard()
         name = f"trunk-{step:08d}" if point is None else f"branch-{point:08d}-{step:08d}"
         write(self.ckpt / name, "state", state, meta)
-        kept = sorted((s for s in self._saved() if s.point is None), key=lambda s: s.step)[-self.keep :]
-        branch = sorted((s for s in self._saved() if s.point == point), key=lambda s: s.step)[-self.keep :]
+        alike = sorted((s for s in self._saved() if s.point == point), key=lambda s: s.step)
+        if point is None:
+            kept = [*[s for s in alike if s.step <= step][-self.keep :], alike[-1]]
+            kept += [s for s in self._saved() if s.point is not None and s.point > step]
+        else:
+            kept = [*alike[-self.keep :], *(s for s in self._saved() if s.point is None)]
         for saved in self._saved():
-            if saved not in kept and (point is None or saved not in branch):
+            if saved not in kept:
                 shutil.rmtree(saved.path, ignore_errors=True)
 
-    def _newest(self, fits: list[Saved], device: str) -> tuple[State, Saved] | None:
-        for saved in sorted(fits, key=lambda s: (s.point is not None, s.step), reverse=True):
+    def _newest(self, fits: list[Saved]) -> tuple[State, Saved] | None:
+        for saved in sorted(fits, key=lambda s: s.step, reverse=True):
             try:
-                return read(saved.path, "state", device)[0], saved
+                return read(saved.path, "state")[0], saved
             except Damaged:
                 continue
         return None
 
-    def resume_trunk(self, leaves: int, device: str = "cpu") -> tuple[State, Saved] | None:
+    def resume_trunk(self, leaves: int) -> tuple[State, Saved] | None:
         """The newest valid trunk state at or before step ``leaves``."""
-        return self._newest([s for s in self._saved() if s.point is None and s.step <= leaves], device)
+        return self._newest([s for s in self._saved() if s.point is None and s.step <= leaves])
 
-    def resume(self, point: int, leaves: int, device: str = "cpu") -> tuple[State, Saved] | None:
+    def resume(self, point: int, leaves: int) -> tuple[State, Saved] | None:
         """The newest valid state on the way to ``point``: on its branch, else on the trunk before it."""
-        return self._newest([s for s in self._saved() if s.point == point], device) or self.resume_trunk(leaves, device)
+        return self._newest([s for s in self._saved() if s.point == point]) or self.resume_trunk(leaves)
 
     def has_point(self, point: int) -> bool:
         return (self.points / f"{point:08d}" / "point.json").exists()

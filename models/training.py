@@ -42,7 +42,8 @@ class Trainable(Protocol):
 
     ``loss(batch, step)`` returns scalars, means over images; ``loss`` is minimised, the others are logged.
     ``draws`` (optional) names per-image random numbers that the loop adds to the batch. ``groups(recipe)``
-    (optional) gives optimiser groups. ``after_step(step, decaying)`` (optional) runs after the update.
+    (optional) gives optimiser groups. ``after_step(step, decaying)`` (optional) runs after the update; ``decaying``
+    says that the step is one of the last before a point (``decays``): no time to recover from a change of course.
     """
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]: ...
@@ -70,7 +71,8 @@ def device_of(runtime: Runtime) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise ValueError("device: cuda asked for, but torch sees no GPU here; allowed: cpu, auto")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return f"cuda:{local % torch.cuda.device_count()}"  # a rank that sees no GPU but its own finds it under 0
 
 
 def decayed(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -108,6 +110,16 @@ def rate(recipe: Recipe, step: int, leaves: int, point: int | None) -> float:
     return warm * (point - step) / (point - leaves)
 
 
+def decays(recipe: Recipe, step: int, point: int | None) -> bool:
+    """Whether a step belongs to the decay before ``point`` (as for ``rate``): of cosine, to the last ``decay`` of it.
+
+    A constant rate has no decay: points are no part of a run's identity, so its path must not depend on them.
+    """
+    if point is None or recipe.schedule == "constant":
+        return False
+    return recipe.schedule == "wsd" or step >= point - max(1, round(recipe.decay * point))
+
+
 class _Step(nn.Module):
     """``loss`` as ``forward``, which is what DDP and torch.compile wrap."""
 
@@ -125,23 +137,35 @@ LAUNCHERS = (  # rank, number of ranks, rank on this node: as torchrun and srun 
 )
 
 
-def join() -> None:
+def join(runtime: Runtime) -> None:
     """Join the other ranks of this run when the environment (torchrun, srun) names more than one.
 
-    MASTER_ADDR and MASTER_PORT have to be set, as torchrun does.
+    MASTER_ADDR and MASTER_PORT have to be set, as torchrun does. On GPUs this rank's own becomes the current one.
     """
     for rank, size, local in LAUNCHERS:
         if int(os.environ.get(size, "1")) > 1 and rank in os.environ and "MASTER_ADDR" in os.environ:
             os.environ["LOCAL_RANK"] = os.environ.get(local, "0")
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, rank=int(os.environ[rank]), world_size=int(os.environ[size]))
+            device = torch.device(device_of(runtime))
+            on_gpu = device.type == "cuda"  # and not: whether there is one
+            if on_gpu:
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                rank=int(os.environ[rank]),
+                world_size=int(os.environ[size]),
+                device_id=device if on_gpu else None,  # barriers use it too
+            )
             return
 
 
 class Ranks:
-    """The processes that train one run together; one process when nothing was initialised."""
+    """The processes that train one run together; one process when nothing was initialised.
 
-    def __init__(self) -> None:
+    ``device`` is that of the run on this rank: what ranks tell each other passes through it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.on = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.on else 0
         self.size = dist.get_world_size() if self.on else 1
@@ -150,7 +174,7 @@ class Ranks:
         """Each flag, true when any rank raised it."""
         if not self.on:
             return list(flags)
-        votes = torch.tensor([float(flag) for flag in flags], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        votes = torch.tensor([float(flag) for flag in flags], device=self.device)
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
 
@@ -170,10 +194,10 @@ class Loop:
 
     def __init__(self, module: nn.Module, stream: Stream, recipe: Recipe, *, seed: int, runtime: Runtime) -> None:
         self.stream, self.recipe, self.seed, self.runtime = stream, recipe, seed, runtime
-        self.ranks = Ranks()
+        self.device = device_of(runtime)
+        self.ranks = Ranks(self.device)
         if recipe.batch % self.ranks.size:
             raise ValueError(f"batch: {recipe.batch} cannot be divided over {self.ranks.size} ranks")
-        self.device = device_of(runtime)
         self.module = module.to(self.device).train()
         self.draws: Draws = getattr(module, "draws", {})
         groups = module.groups(recipe) if hasattr(module, "groups") else decayed(module, recipe)
@@ -254,7 +278,7 @@ class Loop:
         if self.ema:
             torch._foreach_lerp_(self.ema, self.raw, 1.0 - (1.0 - 1.0 / (step + 1)) ** self.exponent)
         if hasattr(self.module, "after_step"):
-            self.module.after_step(step, point is not None)
+            self.module.after_step(step, decays(recipe, step, point))
         self.logged += 1
 
     def _log(self, values: dict[str, Tensor]) -> None:
@@ -302,6 +326,11 @@ class Loop:
         return state | {f"ema.{n}": value for (n, _), value in zip(self.averaged, self.ema, strict=bool(self.ema))}
 
 
+def on_host(state: State) -> State:
+    """A copy in the host's memory: beside training, 16 bytes per parameter are too many for a GPU."""
+    return {name: value.to("cpu", copy=True) for name, value in state.items()}
+
+
 def train(
     module: nn.Module,
     stream: Stream,
@@ -318,7 +347,8 @@ def train(
 
     ``record(step, trained, metrics, point)`` is called every ``runtime.log_every`` steps and at the end of a piece
     with means since its last call, on rank 0 only; ``trained`` counts the steps of this call, ``point`` names the
-    branch the step lies on, None on the trunk. A loss that is not finite, or beyond ``recipe.diverged``, ends the run.
+    branch the step lies on, None on the trunk. A loss or a gradient that is not finite, or a loss beyond
+    ``recipe.diverged``, ends the run.
     Raises ValueError where the batch cannot be divided, and whatever ``checkpoints`` raises when this attempt was
     superseded.
     """
@@ -337,19 +367,21 @@ def train(
 
     remaining = [point for point in sorted(set(points)) if not checkpoints.has_point(point)]
     trunk: State | None = None  # the trunk while a branch is in memory: held for the pieces after it
+    on_disk = False  # whether that trunk can be read back: it is written once per branch, at the first save
     step = 0
     for number, point in enumerate(remaining):
         leaves = branch_start(point, recipe)
         last = number == len(remaining) - 1
         on_branch = False
-        if number == 0 and (found := checkpoints.resume(point, leaves, loop.device)):
+        if number == 0 and (found := checkpoints.resume(point, leaves)):
             state, where = found
             step, on_branch = where.step, where.point is not None
             if on_branch and not last:
-                behind = checkpoints.resume_trunk(leaves, loop.device)
-                trunk = behind[0] if behind else {name: value.clone() for name, value in loop.tensors().items()}
-                came_from = behind[1].step if behind else 0
+                behind = checkpoints.resume_trunk(leaves)
+                trunk = behind[0] if behind else on_host(loop.tensors())
+                came_from, on_disk = behind[1].step if behind else 0, behind is not None
             loop.restore(state)
+            del found, state  # or they would take their memory to the end
         stop = False
         while step < point and not stop:
             if step == leaves and not on_branch and recipe.schedule == "wsd":
@@ -357,7 +389,7 @@ def train(
                 if last:
                     save(loop.tensors(), step, None)  # so that a longer point can be added to a finished run
                 else:
-                    trunk = {name: value.clone() for name, value in loop.tensors().items()}
+                    trunk, on_disk = on_host(loop.tensors()), False
             loop.step(step, leaves, point if on_branch or recipe.schedule == "cosine" else None)
             step += 1
             trained += 1
@@ -366,13 +398,16 @@ def train(
                 metrics = loop.flush()
                 if not abs(metrics["loss"]) <= recipe.diverged:
                     return outcome("diverged", f"loss {metrics['loss']:.4g} at step {step}")
+                if not math.isfinite(metrics["grad_norm"]):  # the weights are spoilt, whatever the loss before it was
+                    return outcome("diverged", f"gradient norm {metrics['grad_norm']:.4g} at step {step}")
                 if chief:
                     record(step, trained, metrics, point if on_branch else None)
             if logs or not loop.ranks.on:  # ranks agree on stopping where they agree on logging
                 stop, due = loop.ranks.any(should_stop(), time.monotonic() - saved > runtime.save_every_s)
                 if (stop or due) and step < point:
-                    if on_branch and trunk is not None:
+                    if on_branch and trunk is not None and not on_disk:
                         save(trunk, came_from, None)
+                        on_disk = True
                     save(loop.tensors(), step, point if on_branch else None)
                     saved = time.monotonic()
         if step < point:

@@ -51,5 +51,5 @@ class Table(nn.Module):
     def sample(self, labels: Tensor, *, seed: int, guidance: float = 1.0, **_: object) -> Tensor:
         guided = self.logits[-1] + guidance * (self.logits[labels] - self.logits[-1])
         edges = guided.softmax(-1).cumsum(-1)
-        numbers = rand((*edges.shape[:-1], 1), generator=Random().manual_seed(seed))
+        numbers = rand((*edges.shape[:-1], 1), generator=Random().manual_seed(seed)).to(edges.device)
         return searchsorted(edges, numbers * edges[..., -1:]).squeeze(-1).to(long)

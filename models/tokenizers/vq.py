@@ -149,8 +149,9 @@ class VQTokenizer(nn.Module):
     """Images in [-1, 1] to code ids and back.
 
     A code that was chosen less than ``reset_below`` times its even share since the last reset is dead; every
-    ``reset_every`` trunk steps dead codes move to latents of the current batch, drawn without replacement with
-    the help of ``draws`` (so that ranks and micro-batches do not matter).
+    ``reset_every`` steps, but not in the decay before a point (``models.training.decays``), dead codes move to
+    latents of the current batch, drawn without replacement with the help of ``draws`` (so that ranks and
+    micro-batches do not matter).
     """
 
     window: Tensor
@@ -218,7 +219,7 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int, decaying: bool) -> None:
-        """Count codes; move dead ones when a window of ``reset_every`` trunk steps is full."""
+        """Count codes; move dead ones at every ``reset_every``-th step. While decaying they would not settle in."""
         seen = [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
         self._seen.clear()
         if not seen or decaying:

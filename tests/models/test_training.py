@@ -19,11 +19,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.checkpoint import Checkpoints, load_point, read
-from models.config import Recipe, Runtime, segments, steps_paid
-from models.training import Loop, ema_exponent, join, mixed, rate, train
+from models.config import VQ, DeadLeaves, Latent, Llama, Recipe, Runtime, family, segments, steps_paid
+from models.data import encode
+from models.training import Loop, device_of, ema_exponent, join, mixed, rate, train
 
 RECIPE = Recipe(batch=8, lr=1e-2, warmup=3, decay=0.25, ema=0.1)
 RUNTIME = Runtime(device="cpu", log_every=7, save_every_s=1e9)
+QUICK = RUNTIME.model_copy(update={"save_every_s": 1e-9})  # saves after every step
+
+
+def on_gpu(test):
+    """A test for the GPU; what torch itself warns of there is not at issue."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+    return pytest.mark.gpu(skip(pytest.mark.filterwarnings("default")(test)))
 
 
 class Lines:
@@ -32,23 +40,29 @@ class Lines:
     def draw(self, split, position, count, seed, device):
         index = torch.arange(position, position + count, dtype=torch.float64)
         x = torch.stack([torch.sin(index * (k + 1) * 0.7 + seed) for k in range(4)], dim=1).float()
-        return {"x": x, "y": x.sum(1, keepdim=True) + 0.1 * x[:, :1] ** 2}
+        return {"x": x.to(device), "y": (x.sum(1, keepdim=True) + 0.1 * x[:, :1] ** 2).to(device)}
 
 
 class Net(nn.Module):
-    """A small regression with dropout, a buffer that training changes, and per-image noise."""
+    """A small regression with dropout, a buffer that training changes, and per-image noise.
 
-    def __init__(self, dropout: float = 0.1, poison: int | None = None) -> None:
+    ``poison`` is the step with a loss that is no number, ``spike`` that with a gradient that is not finite.
+    """
+
+    def __init__(self, dropout: float = 0.1, poison: int | None = None, spike: int | None = None) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1))
         self.draws = {"noise": ("normal", (4,))}
-        self.poison = poison
+        self.poison, self.spike = poison, spike
         self.register_buffer("seen", torch.zeros(()))
 
     def loss(self, batch, step):
         error = F.mse_loss(self.layers(batch["x"] + 0.01 * batch["noise"]), batch["y"])
         if step == self.poison:
             error = error * math.nan
+        if step == self.spike:
+            weight = self.layers[0].weight
+            error = error + (weight - weight.detach()).sum().sqrt()  # zero, on an infinite slope
         return {"loss": error, "twice": 2 * error.detach()}
 
     def after_step(self, step, decaying):
@@ -139,20 +153,72 @@ def test_the_trunk_does_not_depend_on_how_a_batch_is_divided(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_two_ranks_equal_one_process(tmp_path):
-    run(tmp_path / "one", (12, 20), module=net(dropout=0.0))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_ranks_equal_one_process(device, tmp_path):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two ranks on GPUs need two of them")
+    runtime = RUNTIME.model_copy(update={"device": device})
+    run(tmp_path / "one", (12, 20), module=net(dropout=0.0), runtime=runtime)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path / "two")]
-    ranks = [subprocess.Popen(command, env=shared | {"RANK": str(rank)}) for rank in range(2)]
+    command = [sys.executable, __file__, str(tmp_path / "two"), device]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=shared | each) for each in own]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     for step in (12, 20):
         one, two = point(tmp_path / "one", step), point(tmp_path / "two", step)
         assert one.keys() == two.keys()
+        near = {"rtol": 1e-5, "atol": 1e-6} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
         for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(one[key], two[key], **near)
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "expected"),
+    [("cuda", 4, "cuda:2"), ("cuda", 1, "cuda:0"), ("auto", 2, "cuda:0"), ("cpu", 4, None)],
+)
+def test_a_rank_joins_with_the_device_of_its_run(device, seen, expected, monkeypatch):
+    """Rank 2 of 3 on a node where torch sees some GPUs: all of them, or (one per task) only its own."""
+    calls: list = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: calls.append((backend, rest["device_id"])))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # join sets it: taken back after the test
+    slurm = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "2", "MASTER_ADDR": "here"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    join(RUNTIME.model_copy(update={"device": device}))
+    if expected is None:
+        assert calls == [("gloo", None)]
+    else:
+        assert calls == [torch.device(expected), ("nccl", torch.device(expected))]
+        assert device_of(RUNTIME.model_copy(update={"device": device})) == expected
+
+
+@pytest.mark.parametrize(("schedule", "decaying"), [("wsd", 10), ("cosine", 10), ("constant", 0)])
+def test_a_family_is_told_which_steps_decay(schedule, decaying, tmp_path):
+    run(tmp_path, (40,), recipe=RECIPE.model_copy(update={"schedule": schedule}))
+    assert point(tmp_path, 40)["raw.seen"] == 40 + 10 * decaying
+
+
+def test_a_constant_rate_knows_no_points(tmp_path):
+    constant = RECIPE.model_copy(update={"schedule": "constant"})
+    run(tmp_path / "all", (12, 25, 40), recipe=constant)
+    run(tmp_path / "one", (40,), recipe=constant)
+    assert same(point(tmp_path / "all", 40), point(tmp_path / "one", 40))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    rows: list = []
+    outcome = run(tmp_path, (40,), module=net(spike=39), rows=rows)  # the last step: no loss is computed after it
+    assert outcome.state == "diverged"
+    assert outcome.reason == "gradient norm inf at step 40"
+    assert rows[-1][0] == 35
+    assert not (tmp_path / "points").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path):
@@ -200,14 +266,51 @@ def test_a_step_never_waits_for_the_device():
 
 def test_damaged_checkpoints_are_passed_over(tmp_path):
     run(tmp_path / "whole", (40,))
-    quick = RUNTIME.model_copy(update={"save_every_s": 1e-9})
-    run(tmp_path / "hurt", (40,), runtime=quick, stop_after=20)
+    run(tmp_path / "hurt", (40,), runtime=QUICK, stop_after=20)
     saved = sorted((tmp_path / "hurt" / "ckpt").iterdir())
     assert [path.name for path in saved] == ["trunk-00000019", "trunk-00000020"]
     tensors = saved[-1] / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     assert run(tmp_path / "hurt", (40,)).steps == 21
     assert same(point(tmp_path / "whole", 40), point(tmp_path / "hurt", 40))
+
+
+def test_a_branch_goes_on_from_its_state_before_a_damaged_one(tmp_path):
+    run(tmp_path / "whole", (40, 80))
+    run(tmp_path / "hurt", (40, 80), runtime=QUICK, stop_after=36)
+    names = ["branch-00000040-00000035", "branch-00000040-00000036", "trunk-00000029", "trunk-00000030"]
+    assert sorted(path.name for path in (tmp_path / "hurt" / "ckpt").iterdir()) == names
+    tensors = tmp_path / "hurt" / "ckpt" / names[1] / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    assert run(tmp_path / "hurt", (40, 80)).steps == steps_paid((40, 80), RECIPE) - 35
+    for step in (40, 80):
+        assert same(point(tmp_path / "whole", step), point(tmp_path / "hurt", step))
+
+
+def test_the_trunk_is_written_once_per_branch(tmp_path):
+    run(tmp_path, (40, 80), runtime=QUICK, stop_after=31)
+    trunk = tmp_path / "ckpt" / "trunk-00000030" / "state.safetensors"
+    written = trunk.stat().st_mtime_ns
+    run(tmp_path, (40, 80), runtime=QUICK, stop_after=5)
+    assert sorted(tmp_path.glob("ckpt/branch-*"))[-1].name == "branch-00000040-00000036"
+    assert trunk.stat().st_mtime_ns == written
+
+
+def test_a_branch_whose_trunk_is_lost_keeps_its_states_while_the_trunk_is_written(tmp_path):
+    run(tmp_path, (40, 80), runtime=QUICK, stop_after=36)
+    for state in tmp_path.glob("ckpt/trunk-*/state.safetensors"):
+        state.unlink()
+    run(tmp_path, (40, 80), runtime=QUICK, stop_after=1)
+    names = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert {"trunk-00000000", "branch-00000040-00000036", "branch-00000040-00000037"} <= names
+
+
+def test_a_point_before_the_kept_trunk_can_be_interrupted_too(tmp_path):
+    run(tmp_path, (40,), runtime=QUICK)
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"trunk-00000029", "trunk-00000030"}
+    run(tmp_path, (12, 40), runtime=QUICK, stop_after=5)
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {f"trunk-000000{n}" for n in ("04", "05", "30")}
+    assert run(tmp_path, (12, 40)).steps == 12 - 5
 
 
 def test_a_flipped_byte_is_noticed(tmp_path):
@@ -288,8 +391,78 @@ def test_a_compiled_step_trains_to_the_same_weights(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+FAMILIES = pytest.mark.parametrize("kind", ["vq", "llama"])
+
+
+def real(kind: str, folder: Path, **runtime) -> Loop:
+    """The loop of a small tokenizer on dead leaves, or of a small generator on that tokenizer's codes."""
+    precision = runtime.pop("precision", "float32")
+    data, fields = DeadLeaves(size=16, leaves=6, cached=64, cached_heldout=32), VQ(tokens=16, width=8, reset_every=2)
+    torch.manual_seed(0)
+    module, stream = fields.build(data), data.build()
+    if kind == "llama":
+        stream = encode(module.eval(), stream, folder / "codes", seed=0)
+        module = Llama(layers=2, width=32, heads=2).build(fields.latent(data), data.labels)
+    recipe = Recipe(batch=24, lr=1e-3, warmup=0, precision=precision)
+    return Loop(module, stream, recipe, seed=0, runtime=Runtime(**({"device": "cuda"} | runtime)))
+
+
+def trained(loop: Loop, steps: int = 3) -> dict[str, float]:
+    for step in range(steps):
+        loop.step(step, 100, None)
+    return loop.flush()
+
+
+def test_the_example_of_a_family_samples_where_its_weights_are(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    table = family("generator", "example_family:Independent")().build(Latent(2, 2, codebook=8), 3).to("meta")
+    assert table.sample(torch.zeros(5, dtype=torch.int64, device="meta"), seed=0).device.type == "meta"
+
+
+@pytest.mark.slow
+@FAMILIES
+def test_compiled_families_learn_as_they_do_uncompiled(kind, tmp_path):
+    eager, compiled = (trained(real(kind, tmp_path, device="cpu", compile=on)) for on in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+@on_gpu
+@FAMILIES
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_families_learn_on_a_gpu(kind, precision, tmp_path):
+    eager = trained(real(kind, tmp_path))
+    compiled = trained(real(kind, tmp_path, compile=True, precision=precision))
+    assert compiled == pytest.approx(eager, rel=0.01 if precision == "float32" else 0.1)
+
+
+@on_gpu
+@FAMILIES
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_of_a_real_family_never_waits_for_the_gpu(kind, precision, tmp_path):
+    loop = real(kind, tmp_path, precision=precision)
+    trained(loop)  # libraries are loaded, memory is taken
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 9):  # resets of dead codes among them
+            loop.step(step, 100, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(value) for value in loop.flush().values())
+
+
+@on_gpu
+def test_a_trunk_that_waited_on_the_host_goes_on_on_the_gpu(tmp_path):
+    cuda = RUNTIME.model_copy(update={"device": "cuda"})
+    run(tmp_path / "all", (12, 25, 40), runtime=cuda, stop_after=20)
+    run(tmp_path / "all", (12, 25, 40), runtime=cuda)
+    run(tmp_path / "one", (40,), runtime=cuda)
+    for a, b in zip(point(tmp_path / "all", 40).values(), point(tmp_path / "one", 40).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 if __name__ == "__main__":  # one of two ranks, started by the test above
-    join()
+    runtime = RUNTIME.model_copy(update={"device": sys.argv[2]})
+    join(runtime)
     assert dist.get_world_size() == 2
-    run(Path(sys.argv[1]), (12, 20), module=net(dropout=0.0))
+    run(Path(sys.argv[1]), (12, 20), module=net(dropout=0.0), runtime=runtime)
     dist.destroy_process_group()

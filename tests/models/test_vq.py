@@ -166,6 +166,22 @@ def test_no_reset_while_decaying_or_in_evaluation() -> None:
     assert "window" not in never.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "windows"),
+    [("wsd", [1, 2, 0] * 3 + [0] * 3), ("cosine", [1, 2, 0] * 3 + [0] * 3), ("constant", [1, 2, 0] * 4)],
+)
+def test_codes_are_reset_until_a_schedule_decays(schedule: str, windows: list[int]) -> None:
+    """12 steps with a reset after every third: batches counted since the last one."""
+    net = tokenizer(reset_every=3)
+    recipe = Recipe(batch=8, lr=1e-3, schedule=schedule, decay=0.25, warmup=1)
+    loop = Loop(net, DATA.build(), recipe, seed=0, runtime=Runtime(device="cpu"))
+    found = []
+    for step in range(12):
+        loop.step(step, 9, 12 if schedule == "cosine" or (schedule == "wsd" and step >= 9) else None)
+        found.append(int(net.window.sum()) // 32)
+    assert found == windows
+
+
 def test_reset_does_not_depend_on_micro_batches() -> None:
     whole, parts, data = tokenizer(reset_every=1), tokenizer(reset_every=1), batch(8)
     whole.loss(data, 0)
