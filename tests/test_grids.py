@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from analysis import load
+from analysis import figures, load
 from sweep import grid, plan, rundir, tables, worker
 from sweep.attempt import Stop
 
@@ -86,3 +86,8 @@ def test_a_few_steps(name, tmp_path):
     assert losses["value"].is_finite().all()
     if name == "compression_imagenet256":  # 400 and 576 tokens are those of larger input
         assert set(points["tokens"]) == {256, 400, 576}
+        # planned by steps, with one tokenizer seed: curves without a target, intervals or contrasts
+        assert figures.main([str(study)]) == 0
+        written = (study / "figures" / "report.md").read_text()
+        assert all(f"- gFID ({name}), {tokens}x16" in written for name in EXTRACTORS for tokens in (256, 400, 576))
+        assert (study / "figures" / "fig1_generation.png").exists()
