@@ -196,7 +196,7 @@ def read(folder: str | Path) -> Study:
         points=points,
         guided=tuning.tuned(guided, sweeps),
         unguided=not unguided.is_empty() or everything.is_empty(),
-        tokenizers=tokenizers.unique(subset=["tokenizer"], maintain_order=True),
+        tokenizers=tokenizers.unique(subset=["tokenizer"], keep="first", maintain_order=True),
         sweeps=sweeps,
         extractors=extractors,
         planned=len(ours),

@@ -275,7 +275,7 @@ class Recipe(Fields):
     lr: float = Field(gt=0)
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
-    decay: float = Field(0.2, gt=0, le=1, description="share of the steps to a point that its branch takes")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the steps to a point over which the rate falls")
     weight_decay: float = Field(0.05, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -513,7 +513,7 @@ class VQ(TokenizerFields):
     attention: bool = Field(True, description="self-attention at the lowest resolution and in the middle")
     normalize: bool = Field(True, description="latents and codes on the unit sphere")
     commitment: float = Field(0.25, ge=0)
-    reset_every: int = Field(100, ge=0, description="trunk steps between resets of dead codes; 0 is never")
+    reset_every: int = Field(100, ge=0, description="steps between resets of dead codes, while the rate does not fall; 0 is never")
     reset_below: float = Field(0.03, ge=0, lt=1, description="a code is dead below this share of even usage")
     input_size: int | None = Field(
         None, ge=8, le=2048, description="side in px of what the encoder sees; None is the data's"
