@@ -513,7 +513,7 @@ class VQ(TokenizerFields):
     attention: bool = Field(True, description="self-attention at the lowest resolution and in the middle")
     normalize: bool = Field(True, description="latents and codes on the unit sphere")
     commitment: float = Field(0.25, ge=0)
-    reset_every: int = Field(100, ge=0, description="steps between resets of dead codes, while the rate does not fall; 0 is never")
+    reset_every: int = Field(100, ge=0, description="steps between resets of dead codes at a held rate; 0 is never")
     reset_below: float = Field(0.03, ge=0, lt=1, description="a code is dead below this share of even usage")
     input_size: int | None = Field(
         None, ge=8, le=2048, description="side in px of what the encoder sees; None is the data's"
