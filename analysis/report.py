@@ -17,8 +17,9 @@ import polars as pl
 
 from analysis import load, prediction, study, tuning
 from analysis.arms import Arm, envelope_table, named, words
+from analysis.curves import Law, law
 from analysis.fit import Refusal, compare
-from analysis.frontier import Crossing, Law, arms_of, best, candidates, crossings, law
+from analysis.frontier import Crossing, arms_of, best, candidates, crossings
 from analysis.uncertainty import Interval, short, spearman, spread
 
 SHARED = 10  # generators that share stage 1 in the report's second reading of total compute

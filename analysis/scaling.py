@@ -18,7 +18,8 @@ from matplotlib.ticker import NullLocator
 
 from analysis import report, study
 from analysis.arms import envelope_table, named, nearest, words
-from analysis.frontier import Law, candidates
+from analysis.curves import Law
+from analysis.frontier import candidates
 from analysis.report import Curves, Results
 from analysis.theme import (
     ASTERISK,

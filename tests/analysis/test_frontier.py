@@ -26,8 +26,9 @@ from analysis.arms import (
     resampled,
     same_candidates,
 )
+from analysis.curves import curve, law, misfit
 from analysis.fit import Refusal, fit
-from analysis.frontier import arms_of, best, crossing, law, misfit
+from analysis.frontier import arms_of, best, crossing
 from analysis.uncertainty import delta, resample_units
 
 FID = "fid_digits_supervised"
@@ -403,7 +404,7 @@ def test_few_budgets_are_interpolated(make_study, pair):
     assert answer.below == "4x64"
     assert answer.above == "16x64"
     assert law(arms[0]).fit.form == "power"
-    rising = frontier.curve("monotone", np.array([[0.0, 1, 2]]), np.array([[1.0, 0, 0.5]]), np.array([0, 1, 1.5, 2]))
+    rising = curve("monotone", np.array([[0.0, 1, 2]]), np.array([[1.0, 0, 0.5]]), np.array([0, 1, 1.5, 2]))
     assert rising[0].tolist() == pytest.approx([1, 0.25, 0.25, 0.25])
 
 
