@@ -35,6 +35,7 @@ from sweep.slots import Slots
 Row = dict[str, Any]
 
 COLUMNS = ("run_id", "stage", "label", "checkpoint", "points", "encode", "upstream", "flops_total", "gpu_h_high")
+STOPPED = ("blocked", "cancelled")  # no attempt is to come in this launch
 LISTED = ("failed", "blocked", "diverged")  # outcomes that are named with their reason
 SHOWN = 20  # of them
 TICK_S = 0.25
@@ -100,25 +101,17 @@ class Launch:
         self.rows = {row["run_id"]: row for row in rows}
         self.pending = dict.fromkeys(self.rows)
         self.outcomes: dict[str, Row] = {}
-        self.seen: dict[str, tuple[tuple[int, int], Row]] = {}
+        self.records = rundir.Records(study)
+        self.seen: dict[str, Row] = {}  # the last known status of runs that are or were pending
         self.since: list[int] = []  # outcomes at the start of each job
         self.signals = 0
 
     def look(self) -> None:
         """Read what changed in the records of pending runs."""
         for run_id in list(self.pending):
-            try:
-                stat = rundir.status_file(self.study, run_id).stat()
-            except FileNotFoundError:
-                continue
-            stamp, row = (stat.st_mtime_ns, stat.st_ino), self.rows[run_id]
-            if run_id not in self.seen or self.seen[run_id][0] != stamp:
-                self.seen[run_id] = stamp, rundir.status(self.study, run_id)
-            status = self.seen[run_id][1]
-            if rundir.finished(self.study, status, row["points"], row["encode"]) or status["state"] in (
-                "blocked",
-                "cancelled",
-            ):
+            row, status = self.rows[run_id], self.records.status(run_id)
+            self.seen[run_id] = status
+            if rundir.finished(self.study, status, row["points"], row["encode"]) or status["state"] in STOPPED:
                 self.outcomes[run_id] = status
                 del self.pending[run_id]
             elif status["state"] == "running":
@@ -167,7 +160,7 @@ class Launch:
         """Planned FLOPs that are behind, those of runs in progress included."""
         behind = sum(self.rows[run_id]["flops_total"] or 0.0 for run_id in self.outcomes)
         for run_id in self.pending:
-            status = self.seen[run_id][1] if run_id in self.seen else {}
+            status = self.seen.get(run_id, {})
             if status.get("state") == "running" and status.get("steps"):
                 behind += (self.rows[run_id]["flops_total"] or 0.0) * status.get("step", 0) / status["steps"]
         return behind
@@ -175,7 +168,7 @@ class Launch:
     def counts(self) -> tuple[int, int, int]:
         """Runs that ended well, run, failed."""
         states = Counter(status["state"] for status in self.outcomes.values())
-        running = sum(self.seen[run_id][1]["state"] == "running" for run_id in self.pending if run_id in self.seen)
+        running = sum(self.seen.get(run_id, {}).get("state") == "running" for run_id in self.pending)
         return states["done"] + states["diverged"], running, states["failed"] + states["blocked"]
 
     def watch(self, progress: Progress, done: int) -> bool:

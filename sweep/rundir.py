@@ -188,6 +188,25 @@ def status(study: Path, run_id: str) -> dict[str, Any]:
     return _read(status_file(study, run_id)) or {"run_id": run_id, "state": "planned"}
 
 
+class Records:
+    """Statuses of many runs, each read again only when its file has changed."""
+
+    def __init__(self, study: Path) -> None:
+        self.study = study
+        self.held: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+
+    def status(self, run_id: str) -> dict[str, Any]:
+        """As ``rundir.status``."""
+        try:
+            stat = status_file(self.study, run_id).stat()
+        except FileNotFoundError:
+            return {"run_id": run_id, "state": "planned"}
+        stamp = stat.st_mtime_ns, stat.st_ino
+        if run_id not in self.held or self.held[run_id][0] != stamp:
+            self.held[run_id] = stamp, status(self.study, run_id)
+        return self.held[run_id][1]
+
+
 def mark(study: Path, run_id: str, state: str, reason: str | None = None, **fields: Any) -> None:
     """Change the state of a run that nobody holds, without an attempt of its own."""
     before = status(study, run_id)

@@ -64,6 +64,7 @@ def loaded(module: str) -> set[str]:
     [
         ("sweep.plan", HEAVY),
         ("sweep.launch", HEAVY),
+        ("sweep.status", HEAVY),
         ("sweep.tables", HEAVY),
         ("sweep.worker", tuple(name for name in HEAVY if name != "torch")),
         ("models.config", HEAVY),

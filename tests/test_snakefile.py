@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sweep import identity, plan, rundir, stages, tables
-from tests import cluster
 
 ROOT = Path(stages.__file__).parents[1]
 GRID = """
@@ -134,18 +132,6 @@ def test_a_dry_run_for_a_cluster_shows_every_stage_from_a_clean_home(tmp_path):
     assert counted == {**dict.fromkeys(rules, "1"), "total": "7"}
     places = [shown.stdout.index(f"rule {name}:") for name in rules]
     assert places == sorted(places)
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
-    if why := cluster.missing():
-        pytest.skip(f"no Slurm: {why}")
-    held = cluster.Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        held.start()
-        yield held
-    finally:
-        held.stop()
 
 
 @pytest.mark.timeout(600)
