@@ -48,12 +48,12 @@ def gate(results: Results) -> tuple[Figure, Caption]:
     palette = colours(held.rates)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0))
     rates = study.arms(codes)
-    rng = np.random.default_rng(0)
+    beside = _beside(codes)  # an open marker on a full one of its colour would not be seen
     for row in codes.iter_rows(named=True):
         colour = palette[row["rate"]]
         fill = FILL[verdict([row["gate"]])]
         if row["perplexity_share"] is not None:
-            x = rates.index(row["rate"]) + 0.12 * rng.uniform(-1, 1)
+            x = rates.index(row["rate"]) + 0.4 * beside[row["tokenizer"]]
             left.plot(x, row["perplexity_share"], "o", color=colour, fillstyle=fill, markersize=5)
     left.axhspan(0, load.COLLAPSED, color="0.93", zorder=0)
     left.set_xticks(range(len(rates)), rates)
@@ -68,8 +68,9 @@ def gate(results: Results) -> tuple[Figure, Caption]:
     for row in trained.iter_rows(named=True):
         colour = palette[row["rate"]]
         fill = FILL[verdict([row["gate"]])]
-        right.plot([0, 1], [row[half], row[final]], "-", color=colour, linewidth=1.0, alpha=0.8)
-        right.plot([0, 1], [row[half], row[final]], "o", color=colour, fillstyle=fill, markersize=4.5)
+        places, y = np.array([0, 1]) + 0.1 * beside[row["tokenizer"]], [row[half], row[final]]
+        right.plot(places, y, "-", color=colour, linewidth=1.0, alpha=0.8)
+        right.plot(places, y, "o", color=colour, fillstyle=fill, markersize=4.5)
     for rate in study.arms(trained) if len(trained) else []:
         last = trained.filter(pl.col("rate") == rate)
         change = float(last["rfid_change"].mean())  # type: ignore[arg-type]
@@ -96,6 +97,15 @@ def gate(results: Results) -> tuple[Figure, Caption]:
         f"of any extractor, mean over seeds); above {load.UNCONVERGED:.0%} a tokenizer is flagged as unconverged."
     )
     return figure, caption(results, "Tokenizer gate", text, len(codes), of="tokenizer", extractors=[main])
+
+
+def _beside(codes: pl.DataFrame) -> dict[str, float]:
+    """Where each tokenizer stands among those of its rate, from -0.5 to 0.5."""
+    found: dict[str, float] = {}
+    for _, rows in codes.sort("tokenizer_seed").group_by("rate", maintain_order=True):
+        names = rows["tokenizer"].to_list()
+        found |= {name: (i + 0.5) / len(names) - 0.5 for i, name in enumerate(names)}
+    return found
 
 
 def extractors(results: Results) -> tuple[Figure, Caption]:
