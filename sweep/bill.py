@@ -88,9 +88,17 @@ def bill(rows: pa.Table, study: Path, states: dict[str, dict[str, Any]]) -> dict
         status, stage = states[row["run_id"]], stages[row["stage"]]
         if rundir.finished(study, status, row["points"] or [], row["encode"] or []):
             low, high = stage.hours_left
-            stage.hours_left = max(low - row["gpu_h_low"], 0.0), max(high - row["gpu_h_high"], 0.0)
+            stage.hours_left = (
+                _less(low, row["gpu_h_low"], stage.hours[0]),
+                _less(high, row["gpu_h_high"], stage.hours[1]),
+            )
             stage.done += status["state"] == "done"
     return stages
+
+
+def _less(left: float, done: float, whole: float) -> float:
+    """What is left when ``done`` goes off; what is but rounding of the whole is nothing."""
+    return left - done if left - done > 1e-9 * whole else 0.0
 
 
 def _among(column: pa.ChunkedArray, values: list[str]) -> pa.ChunkedArray:

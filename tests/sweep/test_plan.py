@@ -390,6 +390,20 @@ def test_the_bill_is_the_sum_of_the_rows(tmp_path):
     assert len({row["flops_measure"] for row in stage(found, "evaluation") if row["protocol"] == "reconstruction"}) == 3
 
 
+def test_nothing_is_left_of_a_plan_that_is_done(tmp_path):
+    file = grid(tmp_path)
+    study = planning.plan(load(file), tmp_path).study
+    for row in rows(tmp_path):
+        status = {"run_id": row["run_id"], "state": "done", "points": row["points"]}
+        rundir.atomic_write(study, rundir.status_file(study, row["run_id"]), status)
+        for point in row["encode"] or ():
+            codes = rundir.codes_folder(study, f"{row['run_id']}@{point}", "0" * 64)
+            rundir.atomic_write(study, codes / "manifest.json", {})
+    after = planning.plan(load(file), tmp_path)
+    assert after.total.done == after.total.runs
+    assert after.total.hours_left == (0.0, 0.0)  # and no rounding of it
+
+
 def test_the_grid_of_the_readme_plans(tmp_path):
     text = (ROOT / "README.md").read_text()
     (tmp_path / "grid.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
