@@ -39,6 +39,7 @@ STOPPED = ("blocked", "cancelled")  # no attempt is to come in this launch
 LISTED = ("failed", "blocked", "diverged")  # outcomes that are named with their reason
 SHOWN = 20  # of them
 TICK_S = 0.25
+ALIKE = 3  # runs that fail for one reason before any other ends, at which a launch stops
 
 
 class Stillborn(RuntimeError):
@@ -103,8 +104,10 @@ class Launch:
         self.outcomes: dict[str, Row] = {}
         self.records = rundir.Records(study)
         self.seen: dict[str, Row] = {}  # the last known status of runs that are or were pending
-        self.since: list[int] = []  # outcomes at the start of each job
+        self.retried: Counter[tuple[str, str]] = Counter()  # by run and class of failure
+        self.since: list[int] = []  # attempts that had ended at the start of each job
         self.signals = 0
+        self.why = ""  # it was stopped, where not by a user
 
     def look(self) -> None:
         """Read what changed in the records of pending runs."""
@@ -112,10 +115,39 @@ class Launch:
             row, status = self.rows[run_id], self.records.status(run_id)
             self.seen[run_id] = status
             if rundir.finished(self.study, status, row["points"], row["encode"]) or status["state"] in STOPPED:
-                self.outcomes[run_id] = status
-                del self.pending[run_id]
+                if not self.again(run_id, status):
+                    self.outcomes[run_id] = status
+                    del self.pending[run_id]
             elif status["state"] == "running":
                 self.recover(run_id)
+
+    def again(self, run_id: str, status: Row) -> bool:
+        """Open a failed run for another attempt, where the policy of its failure grants one."""
+        if (kind := failures.kind(status)) is None:
+            return False
+        policy, reason = failures.POLICY[kind], status["reason"]
+        if kind == "lost" or self.retried[run_id, kind] >= policy.retries:  # lost runs are counted where they are found
+            return False
+        change = _smaller(self.configs[run_id], status) if policy.smaller else {}
+        if change is None:
+            return False
+        self.retried[run_id, kind] += 1
+        rundir.mark(self.study, run_id, "planned", f"once more after {reason}", **change)
+        rundir.journal(self.study, run_id, "retry", reason=reason, **change)
+        return True
+
+    @property
+    def ended(self) -> int:
+        """Attempts that came to an end."""
+        return len(self.outcomes) + self.retried.total()
+
+    def hopeless(self) -> str | None:
+        """Why the others need not be tried: the first runs that ended all failed, and for one reason."""
+        states = {status["state"] for status in self.outcomes.values()}
+        reasons = {status["reason"] for status in self.outcomes.values()}
+        if len(self.outcomes) < ALIKE or states != {"failed"} or len(reasons) > 1:
+            return None
+        return f"the first {len(self.outcomes)} runs failed alike, {reasons.pop()}"
 
     def recover(self, run_id: str) -> None:
         """A run that says it is running, but whose holder is gone: once more, or failed."""
@@ -149,11 +181,11 @@ class Launch:
         waiting = groups(row for row in ready if row["run_id"] not in held)
         needed = min(self.slots.count - len(others) - live, len(waiting) - (live - len(busy)))
         ended = zip(self.since, self.slots.jobs, strict=True)
-        barren = sum(since == len(self.outcomes) and job.done() for since, job in ended)
+        barren = sum(since == self.ended and job.done() for since, job in ended)
         if needed > 0 and barren > self.slots.count:
             raise Stillborn(f"workers end before they end a run; see {_short(self.slots.folder)}/*_log.err")
         for _ in range(needed):
-            self.since.append(len(self.outcomes))
+            self.since.append(self.ended)
             self.slots.start(groups(self.rows[run_id] for run_id in self.pending))
 
     def worked(self) -> float:
@@ -181,9 +213,11 @@ class Launch:
             progress.show(done + well, running, failed, self.worked())
             if not self.pending:
                 return True
+            if not (stopping or self.slots.flag.exists()) and (why := self.hopeless()):
+                self.slots.flag.write_text(why)
             if (self.signals or self.slots.flag.exists()) and not stopping:
                 stopping = True
-                why = self.slots.flag.read_text() if self.slots.flag.exists() else ""
+                why = self.why = self.slots.flag.read_text() if self.slots.flag.exists() else ""
                 self.slots.flag.touch()
                 progress.say(f"stopping{f' ({why})' if why else ''}: workers save and end; Ctrl-C again kills them")
             if self.signals > 1:
@@ -195,6 +229,18 @@ class Launch:
             if not stopping:
                 self.fill()
             time.sleep(max(TICK_S, 5 * (time.monotonic() - began)))
+
+
+def _smaller(config: Row, status: Row) -> Row | None:
+    """Half as many images at a time than in the last attempt of a run, which is the same run; null below one image."""
+    runtime = Runtime(**config["runtime"])
+    batch = status.get("measure_batch", runtime.measure_batch) // 2
+    change: Row = {"measure_batch": batch} if batch else {}
+    if config["stage"] != "evaluation":
+        images = config["recipe"]["batch"]
+        micro = failures.halved(images, min(status.get("micro_batch") or runtime.micro_batch or images, images))
+        change |= {"micro_batch": micro} if micro else {}
+    return change or None
 
 
 @contextmanager
@@ -232,9 +278,9 @@ def run(study: Path, options: argparse.Namespace) -> int:
         return 3
     for run_id, why in waits.items():
         rundir.mark(study, run_id, "blocked", why.reason, diverged_upstream=why.diverged)
-    whole = _bring(study, title, pending, len(rows) - len(pending) - len(waits), len(rows), options)
+    stopped = _bring(study, title, pending, len(rows) - len(pending) - len(waits), len(rows), options)
     statuses |= {run_id: rundir.status(study, run_id) for run_id in (*waits, *(row["run_id"] for row in pending))}
-    return _report(study, title, rows, statuses, whole, options, time.monotonic() - began)
+    return _report(study, title, rows, statuses, stopped, options, time.monotonic() - began)
 
 
 def _awaits(row: Row, runs: Container[str]) -> bool:
@@ -242,10 +288,10 @@ def _awaits(row: Row, runs: Container[str]) -> bool:
     return any(source.partition("@")[0] in runs for source in row["upstream"])
 
 
-def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, options: argparse.Namespace) -> bool:
-    """Run what is pending; False when it was stopped before the end."""
+def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, options: argparse.Namespace) -> int:
+    """Run what is pending: 0, or where it was stopped before the end 130 (by a user) or 1 (by what went wrong)."""
     if not pending:
-        return True
+        return 0
     wanted = [row["run_id"] for row in pending]
     configs = {row["run_id"]: json.loads(row["config"]) for row in tables.plan(study, ["run_id", "config"], wanted)}
     for root in {config["data"].get("root") for config in configs.values()} - {None}:
@@ -275,7 +321,9 @@ def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, o
         slots.close(keep)
     for problem in tables.compact(study):
         print(f"{_short(problem.path)}: {problem.what}; left out", file=sys.stderr)
-    return whole and all(status["state"] != "cancelled" for status in launch.outcomes.values())
+    if whole and all(status["state"] != "cancelled" for status in launch.outcomes.values()):
+        return 0
+    return 1 if launch.why else 130
 
 
 def _report(
@@ -283,7 +331,7 @@ def _report(
     title: str,
     rows: list[Row],
     statuses: dict[str, Row],
-    whole: bool,
+    stopped: int,
     options: argparse.Namespace,
     seconds: float,
 ) -> int:
@@ -309,9 +357,9 @@ def _report(
     parts = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()) if state != "done")
     also = f" ({parts})" if parts else ""
     print(f"{title}: {counts['done']} of {len(rows)} runs done{also}, {seconds:.1f} s", flush=True)
-    if not whole:
+    if stopped:
         print("stopped before the end; the same command resumes", file=sys.stderr)
-        return 130
+        return stopped
     if bad and not (options.keep_going and counts["done"]):
         return 2 if all(failures.reopens(statuses[run_id]) for run_id in bad) else 1
     if not options.only:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -216,6 +217,8 @@ STAGES: dict[str, Callable[[Attempt], Ended]] = {
     "evaluation": measure,
 }
 
+AGAIN_S = 1.0  # for the launch to open a failed run again, so that this process can take it
+
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +259,9 @@ def work(
     runtime = families.Runtime(**config["runtime"])
     if threads is not None:
         runtime = runtime.model_copy(update={"threads": threads})
+    status = rundir.status(study, run_id)
+    smaller: dict[str, Any] = {name: status[name] for name in ("micro_batch", "measure_batch") if name in status}
+    runtime = runtime.model_copy(update=smaller)  # after the device's memory did not suffice
     if not _open(study, config):
         return "over"
     if why := blocked(study, config["stage"], config["upstream"].values()):
@@ -303,6 +309,9 @@ def _attempt(attempt: Attempt) -> str:
         print(trace, file=sys.stderr)
         if failures.POLICY[kind].stops_study:
             attempt.stop.spread(ended.reason or kind)
+    if trace is not None:  # the exception is gone, and with it what its frames held of the device: let the next have it
+        gc.collect()
+        torch.cuda.empty_cache()
     attempt.end(ended, trace)
     return ended.state
 
@@ -345,7 +354,7 @@ def serve(
     over: set[str] = set()
     siblings = frozenset(run_id for group in groups for run_id in group)
     while not stop():
-        before = len(over)
+        before, failed = len(over), False
         for group in groups:
             for run_id in group:
                 if run_id in over or stop():
@@ -353,9 +362,13 @@ def serve(
                 outcome = _logged(here, run_id, stop, threads, siblings)
                 if outcome == "held":
                     break
-                if outcome != "early":
+                if outcome == "failed":
+                    failed = True
+                elif outcome != "early":
                     over.add(run_id)
-        if len(over) == before:
+        if failed:
+            time.sleep(AGAIN_S)
+        elif len(over) == before:
             return
 
 

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,77 @@ evaluation:"""
     assert teacher[-1] < pupil_[0]
 
 
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+FAILING = """
+import sys
+from models import training
+from sweep import worker
+trained, told = training.train, {told!r}
+
+def train(module, stream, recipe, points, *, runtime, **more):
+    with open(told, "a") as file:
+        print(runtime.micro_batch, file=file)
+    {fails}
+    return trained(module, stream, recipe, points, runtime=runtime, **more)
+
+training.train = train
+"""
+
+
+def failing(folder: Path, fails: str) -> tuple[dict[str, str], Path]:
+    """An environment in which training fails as the text says, and where each attempt tells its micro-batch."""
+    (folder / "patched").mkdir()
+    told = folder / "told"
+    (folder / "patched" / "sitecustomize.py").write_text(FAILING.format(told=str(told), fails=fails))
+    return {"PYTHONPATH": f"{folder / 'patched'}{os.pathsep}{ROOT}"}, told
+
+
+def called(study: Path, env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sweep.launch", str(study), "--stage", "tokenizer", "--slots", "1", *more]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, text=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_does_not_fit_the_device_is_trained_in_smaller_pieces(tmp_path):
+    study = planned(tmp_path, seeds="[0]")
+    (run,) = runs(study, "tokenizer")
+    fails = (
+        "import torch\n    if (runtime.micro_batch or recipe.batch) > 2: raise torch.OutOfMemoryError('out of memory')"
+    )
+    env, told = failing(tmp_path, fails)
+    done_ = called(study, env)
+    assert done_.returncode == 0, done_.stderr
+    assert told.read_text().split() == ["None", "4", "2"]  # the batch of 8 is halved twice
+    assert [event["event"] for event in events(study, run)].count("retry") == 2
+    assert rundir.status(study, run)["state"] == "done"
+    ended = [row for part in tables.parts(study, "runs") for row in tables.read(part, "runs").to_pylist()]
+    assert [row["status"] for row in ended] == ["failed", "failed", "done"]
+    assert not tables.verify(study)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_fits_in_no_pieces_fails_and_says_why(tmp_path):
+    study = planned(tmp_path, seeds="[0]")
+    env, told = failing(tmp_path, "import torch; raise torch.OutOfMemoryError('out of memory')")
+    ended = called(study, env)
+    assert ended.returncode == 1
+    assert "oom_gpu: OutOfMemoryError: out of memory" in ended.stderr
+    assert told.read_text().split() == ["None", "4", "2", "1", "1"]  # the last one codes fewer images at a time
+
+
+@pytest.mark.timeout(600)
+def test_a_launch_stops_when_its_first_runs_fail_alike(tmp_path):
+    study = planned(tmp_path, seeds=str(list(range(8))))
+    env, told = failing(tmp_path, "import time; time.sleep(1); raise ZeroDivisionError('always')")
+    ended = called(study, env)
+    assert ended.returncode == 1
+    assert "the first 3 runs failed alike, code: ZeroDivisionError: always" in ended.stdout
+    assert 3 <= len(told.read_text().split()) < 8
+    assert Counter(states(study, "tokenizer"))["planned"] >= 1
+    assert not rundir.stamp_file(study, "tokenizer").exists()
+
+
 @pytest.mark.usefixtures("still")
 def test_runs_that_were_planned_for_more_devices_than_they_get_are_named(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patched:
@@ -282,7 +354,7 @@ def test_a_failed_measurement_keeps_nothing_else_from_running(tmp_path, capsys):
     study = planned(tmp_path)
     done(study, "evaluation")
     measured = [row["run_id"] for row in launch.select(study, "evaluation", "tokenizer")]
-    rundir.mark(study, measured[0], "failed", "memory: MemoryError:")
+    rundir.mark(study, measured[0], "failed", "oom_host: MemoryError:")
     command = [str(study), "--stage", "evaluation", "--of", "tokenizer"]
     assert launch.main(command) == 1
     assert not rundir.stamp_file(study, "evaluation", "tokenizer").exists()

@@ -115,7 +115,7 @@ def test_a_record_is_read_again_when_it_has_changed(busy, monkeypatch):
     reader.look()
     assert not asked
     waiting = runs(busy, "tokenizer")[5]
-    rundir.mark(busy, waiting, "failed", "memory: MemoryError:")
+    rundir.mark(busy, waiting, "failed", "oom_host: MemoryError:")
     asked.clear()
     assert reader.look().stages[0].runs["failed"] == 3
     assert asked == [waiting]

@@ -393,11 +393,20 @@ def test_failures_are_told_apart():
     assert failures.classify(full) == "storage"
     assert failures.classify(caused(RuntimeError("x"), full)) == "storage"
     assert failures.classify(RuntimeError("I/O error: No space left on device (os error 28)")) == "storage"
-    assert failures.classify(torch.OutOfMemoryError("CUDA out of memory")) == "memory"
+    assert failures.classify(torch.OutOfMemoryError("CUDA out of memory")) == "oom_gpu"
+    assert failures.classify(MemoryError()) == "oom_host"
+    host = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    assert failures.classify(host) == "oom_host"
+    assert failures.classify(torch.distributed.DistBackendError("NCCL timeout")) == "comms"
     assert failures.classify(ValueError("lr: got -1")) == "input"
     assert failures.classify(FileNotFoundError("data")) == "input"
     assert failures.classify(ZeroDivisionError()) == "code"
-    assert {"storage", "memory", "input", "code", "lost"} == failures.POLICY.keys()
+    assert {"storage", "oom_gpu", "oom_host", "comms", "input", "code", "lost"} == failures.POLICY.keys()
+
+
+def test_half_of_a_batch_divides_it():
+    assert [failures.halved(64, micro) for micro in (64, 32, 3, 2, 1)] == [32, 16, 1, 1, None]
+    assert [failures.halved(60, micro) for micro in (60, 30, 15)] == [30, 15, 6]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
