@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import signal
 import socket
@@ -52,7 +53,9 @@ class Stop:
         """Stop this process and every other one of its launch."""
         self.raised = True
         if self.flag is not None:
-            self.flag.write_text(reason)
+            staged = self.flag.with_name(f".{self.flag.name}-{os.getpid()}")
+            staged.write_text(reason)
+            os.replace(staged, self.flag)  # whoever sees the flag sees the reason
 
     def __call__(self) -> bool:
         if not self.raised and self.flag is not None and self.flag.exists():

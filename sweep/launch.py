@@ -97,8 +97,10 @@ def groups(rows: Iterable[Row]) -> list[list[str]]:
 class Launch:
     """Runs that have to come to an end, watched by what their own records say."""
 
-    def __init__(self, study: Path, rows: list[Row], configs: dict[str, Row], slots: Slots) -> None:
-        self.study, self.configs, self.slots = study, configs, slots
+    def __init__(
+        self, study: Path, rows: list[Row], configs: dict[str, Row], slots: Slots, keep_going: bool = False
+    ) -> None:
+        self.study, self.configs, self.slots, self.keep_going = study, configs, slots, keep_going
         self.rows = {row["run_id"]: row for row in rows}
         self.pending = dict.fromkeys(self.rows)
         self.outcomes: dict[str, Row] = {}
@@ -114,6 +116,9 @@ class Launch:
         for run_id in list(self.pending):
             row, status = self.rows[run_id], self.records.status(run_id)
             self.seen[run_id] = status
+            if status["state"] == "blocked" and _awaits(row, self.pending):
+                rundir.mark(self.study, run_id, "planned")  # what it is built on failed, and is tried again
+                continue
             if rundir.finished(self.study, status, row["points"], row["encode"]) or status["state"] in STOPPED:
                 if not self.again(run_id, status):
                     self.outcomes[run_id] = status
@@ -145,7 +150,8 @@ class Launch:
         """Why the others need not be tried: the first runs that ended all failed, and for one reason."""
         states = {status["state"] for status in self.outcomes.values()}
         reasons = {status["reason"] for status in self.outcomes.values()}
-        if len(self.outcomes) < ALIKE or states != {"failed"} or len(reasons) > 1:
+        sources = {self.rows[run_id]["checkpoint"] or run_id for run_id in self.outcomes}  # one damaged file is one
+        if self.keep_going or len(sources) < ALIKE or states != {"failed"} or len(reasons) > 1:
             return None
         return f"the first {len(self.outcomes)} runs failed alike, {reasons.pop()}"
 
@@ -214,7 +220,7 @@ class Launch:
             if not self.pending:
                 return True
             if not (stopping or self.slots.flag.exists()) and (why := self.hopeless()):
-                self.slots.flag.write_text(why)
+                rundir.atomic_write(self.study, self.slots.flag, why.encode())
             if (self.signals or self.slots.flag.exists()) and not stopping:
                 stopping = True
                 why = self.why = self.slots.flag.read_text() if self.slots.flag.exists() else ""
@@ -234,11 +240,12 @@ class Launch:
 def _smaller(config: Row, status: Row) -> Row | None:
     """Half as many images at a time than in the last attempt of a run, which is the same run; null below one image."""
     runtime = Runtime(**config["runtime"])
-    batch = status.get("measure_batch", runtime.measure_batch) // 2
+    batch = min(status.get("measure_batch") or runtime.measure_batch, runtime.measure_batch) // 2
     change: Row = {"measure_batch": batch} if batch else {}
     if config["stage"] != "evaluation":
         images = config["recipe"]["batch"]
-        micro = failures.halved(images, min(status.get("micro_batch") or runtime.micro_batch or images, images))
+        sizes = (status.get("micro_batch"), runtime.micro_batch, images)
+        micro = failures.halved(images, min(size for size in sizes if size))
         change |= {"micro_batch": micro} if micro else {}
     return change or None
 
@@ -305,9 +312,11 @@ def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, o
         rundir.register(study, configs[run_id])
         status, holder = rundir.status(study, run_id), rundir.holder(study, run_id)
         if (status["state"] != "planned" or status.get("lost")) and not (holder and holder.alive):
-            rundir.mark(study, run_id, "planned", lost=0)
+            # who asks for a retry may have more memory now
+            sizes = dict.fromkeys(("micro_batch", "measure_batch")) if options.retry and status.get("attempt") else {}
+            rundir.mark(study, run_id, "planned", lost=0, **sizes)
     slots = Slots(study, configs.values(), options)
-    launch = Launch(study, pending, configs, slots)
+    launch = Launch(study, pending, configs, slots, options.keep_going)
     print(f"{title}: {len(pending)} of {total} runs to do, {slots.count} x {slots.width} threads", flush=True)
     keep = True
     try:

@@ -145,8 +145,12 @@ class Reader:
         ended = [row for row, _, run in held if run.state == "done" and spent[row["run_id"]]]
         seconds = sum(spent[row["run_id"]] for row in ended)
         work = sum(row["flops_total"] or 0.0 for row in ended)
+        # a run that was given more points has an old record: only one that runs says how far it is
+        behind = {
+            run.run_id: run.step / run.steps for _, _, run in held if run.state == "running" and run.step and run.steps
+        }
         to_do = sum(
-            (row["flops_total"] or 0.0) * (1 - (run.step or 0) / run.steps if run.steps else 1.0)
+            (row["flops_total"] or 0.0) * (1 - behind.get(row["run_id"], 0.0))
             for row, _, run in held
             if run.state in ("running", "pending", "lost")
         )

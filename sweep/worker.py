@@ -260,8 +260,12 @@ def work(
     if threads is not None:
         runtime = runtime.model_copy(update={"threads": threads})
     status = rundir.status(study, run_id)
-    smaller: dict[str, Any] = {name: status[name] for name in ("micro_batch", "measure_batch") if name in status}
-    runtime = runtime.model_copy(update=smaller)  # after the device's memory did not suffice
+    smaller: dict[str, Any] = {  # after the device's memory did not suffice
+        name: min(size, getattr(runtime, name) or size)
+        for name in ("micro_batch", "measure_batch")
+        if (size := status.get(name))
+    }
+    runtime = runtime.model_copy(update=smaller)
     if not _open(study, config):
         return "over"
     if why := blocked(study, config["stage"], config["upstream"].values()):
@@ -309,10 +313,10 @@ def _attempt(attempt: Attempt) -> str:
         print(trace, file=sys.stderr)
         if failures.POLICY[kind].stops_study:
             attempt.stop.spread(ended.reason or kind)
+    attempt.end(ended, trace)
     if trace is not None:  # the exception is gone, and with it what its frames held of the device: let the next have it
         gc.collect()
-        torch.cuda.empty_cache()
-    attempt.end(ended, trace)
+        torch.cuda.empty_cache()  # raises where the device is beyond use, which ends this process
     return ended.state
 
 

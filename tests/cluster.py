@@ -145,10 +145,12 @@ class Cluster:
 
     def stop(self) -> None:
         """End jobs, then daemons; steps of a killed slurmd are left to their job's time limit."""
-        self.call("scancel", "--user=root", "--signal=KILL", "--full", check=False)
-        for process in self.daemons.values():
-            process.kill()
-            process.wait(timeout=30)
+        try:
+            self.call("scancel", "--user=root", "--signal=KILL", "--full", check=False)
+        finally:
+            for process in self.daemons.values():
+                process.kill()
+                process.wait(timeout=30)
 
 
 def until(ready: Callable[[], object], seconds: float = 60.0) -> None:

@@ -339,6 +339,58 @@ def test_a_launch_stops_when_its_first_runs_fail_alike(tmp_path):
     assert not rundir.stamp_file(study, "tokenizer").exists()
 
 
+def watched(study: Path, stage: str, **more: Any) -> launch.Launch:
+    """A launch of a stage as it stands, without any process."""
+    rows = launch.select(study, stage, None)
+    configs = {row["run_id"]: json.loads(row["config"]) for row in tables.plan(study, ["run_id", "config"])}
+    return launch.Launch(study, rows, configs, slots.Slots(study, configs.values(), options()), **more)
+
+
+def test_evaluations_of_one_checkpoint_are_one_failure(tmp_path):
+    study = planned(tmp_path)
+    by_checkpoint: dict[str, list[str]] = {}
+    for row in launch.select(study, "evaluation", None):
+        by_checkpoint.setdefault(row["checkpoint"], []).append(row["run_id"])
+    first, *others = by_checkpoint.values()
+    held = watched(study, "evaluation")
+    for run_id in [*first, *others[0]]:
+        rundir.mark(study, run_id, "failed", "code: x")
+    held.look()
+    assert len(held.outcomes) >= launch.ALIKE
+    assert held.hopeless() is None
+    rundir.mark(study, others[1][0], "failed", "code: x")
+    held.look()
+    assert "failed alike, code: x" in str(held.hopeless())
+    held.keep_going = True
+    assert held.hopeless() is None
+
+
+def test_a_run_that_was_blocked_by_one_that_is_tried_again_is_open(tmp_path):
+    study = planned(tmp_path)
+    held = watched(study, "generator")
+    first, second = held.rows.values()
+    second["upstream"] = [f"{first['run_id']}@4"]
+    rundir.mark(study, second["run_id"], "blocked", "its run is failed")
+    held.look()
+    assert rundir.status(study, second["run_id"])["state"] == "planned"
+    rundir.mark(study, first["run_id"], "failed", "code: x")
+    held.look()
+    rundir.mark(study, second["run_id"], "blocked", "its run is failed")
+    held.look()
+    assert held.outcomes[second["run_id"]]["state"] == "blocked"
+
+
+@pytest.mark.usefixtures("still")
+def test_a_retry_that_is_asked_for_starts_at_full_size(tmp_path):
+    study = planned(tmp_path, seeds="[0]")
+    (run,) = runs(study, "tokenizer")
+    rundir.mark(study, run, "failed", "oom_gpu: x", micro_batch=2, measure_batch=31, attempt=5)
+    with pytest.raises(AssertionError, match="started on"):
+        launch.main([str(study), "--stage", "tokenizer", "--retry"])
+    status = rundir.status(study, run)
+    assert (status["state"], status["micro_batch"], status["measure_batch"]) == ("planned", None, None)
+
+
 @pytest.mark.usefixtures("still")
 def test_runs_that_were_planned_for_more_devices_than_they_get_are_named(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patched:

@@ -103,8 +103,11 @@ def test_hours_are_of_devices_and_time_left_is_at_the_rate_of_what_is_done(busy)
 def test_a_run_with_new_points_or_lost_codes_is_to_do(busy):
     finished = runs(busy, "tokenizer")[0]
     reader = status.Reader(busy)
+    rundir.mark(busy, runs(busy, "tokenizer")[5], "done", points=[5], step=10, steps=10)  # one point of two
+    before = reader.look().stages[0].left_s
     next((rundir.codes_folder(busy, f"{finished}@10", "0" * 64)).iterdir()).unlink()
     assert next(run for run in reader.look().runs if run.run_id == finished).state == "pending"
+    assert before == pytest.approx(2 * 36.0 * (0.6 + 1 + 1))  # as if the run had not begun
 
 
 def test_a_record_is_read_again_when_it_has_changed(busy, monkeypatch):

@@ -280,6 +280,41 @@ def test_a_run_waits_for_one_of_its_own_launch_and_for_no_other(tmp_path):
     assert worker.work(study, generator, Stop(), siblings={tokenizer, generator}) == "blocked"
 
 
+@pytest.mark.parametrize(("stored", "planned_for", "used"), [(4, None, 4), (4, 2, 2), (None, 2, 2), (2, 4, 2)])
+def test_the_smaller_of_what_fitted_and_what_is_planned_is_used(tmp_path, monkeypatch, stored, planned_for, used):
+    study = planned(tmp_path)
+    (tokenizer,) = runs(study, "tokenizer")
+    config = rundir.config(study, tokenizer)
+    config["runtime"]["micro_batch"] = planned_for
+    rundir.register(study, config)
+    rundir.mark(study, tokenizer, "planned", micro_batch=stored)
+    seen: list[int | None] = []
+
+    def look(attempt: Attempt) -> Ended:
+        seen.append(attempt.runtime.micro_batch)
+        return Ended("done")
+
+    replaced(monkeypatch, look)
+    assert worker.work(study, tokenizer, Stop()) == "done"
+    assert seen == [used]
+
+
+def test_a_device_beyond_use_does_not_hide_the_reason(tmp_path, monkeypatch):
+    study = planned(tmp_path)
+    (tokenizer,) = runs(study, "tokenizer")
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    replaced(monkeypatch, broken)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    with pytest.raises(RuntimeError, match="device-side"):  # ends the process: nothing works on that device any more
+        worker.work(study, tokenizer, Stop())
+    status = rundir.status(study, tokenizer)
+    assert status["state"] == "failed"
+    assert "device-side assert" in status["traceback"]
+
+
 def test_what_a_failed_attempt_trained_is_on_the_bill(tmp_path, monkeypatch):
     from models import checkpoint
 
