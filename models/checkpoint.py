@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 State = dict[str, Tensor]
+STATE = re.compile(r"(?:trunk|branch-([0-9]+))-([0-9]+)")  # the name of a resumable state: point, step
 
 
 class Damaged(ValueError):
@@ -81,12 +83,14 @@ def read(folder: Path, name: str, device: str = "cpu") -> tuple[State, dict[str,
     """Tensors and meta of a checkpoint folder; ``Damaged`` when any byte of it is not what was written."""
     tensors = folder / f"{name}.safetensors"
     try:
-        meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_bytes())
         if tensors.stat().st_size != meta["bytes"] or _checksum(tensors) != meta["crc32"]:
             raise Damaged(f"{tensors}: its checksum is not the recorded one")
         with safe_open(tensors, framework="pt", device=device) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except Damaged:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Damaged(f"{tensors}: cannot be read ({error})") from None
 
 
@@ -99,18 +103,15 @@ class Checkpoints:
 
     def __init__(self, ckpt: Path, points: Path, guard: Callable[[], None] = lambda: None, keep: int = 2) -> None:
         self.ckpt, self.points, self.guard, self.keep = ckpt, points, guard, keep
-        for left in (*ckpt.glob(".*"), *points.glob(".*")):
+        for left in (*ckpt.glob(".trunk-*"), *ckpt.glob(".branch-*"), *points.glob(".[0-9]*")):
             shutil.rmtree(left, ignore_errors=True)
 
     def _saved(self) -> Iterator[Saved]:
         if not self.ckpt.is_dir():
             return
         for path in self.ckpt.iterdir():
-            match path.name.split("-"):
-                case ["trunk", step]:
-                    yield Saved(path, None, int(step))
-                case ["branch", point, step]:
-                    yield Saved(path, int(point), int(step))
+            if found := STATE.fullmatch(path.name):  # what else lies there is somebody's copy
+                yield Saved(path, int(found[1]) if found[1] else None, int(found[2]))
 
     def save(self, state: State, meta: dict[str, Any], step: int, point: int | None = None) -> None:
         """Save a resumable state, then drop those that are no longer needed.
@@ -163,7 +164,8 @@ def load_point(
 ) -> dict[str, Any]:
     """Load the weights of a measurement point under ``folder`` (a run's ``points``) into ``module``; return its meta.
 
-    ``ema`` takes the averaged parameters, and the raw tensors for what is not averaged (buffers).
+    The module moves to the device. ``ema`` takes the averaged parameters, and the raw tensors for what is not averaged
+    (buffers).
     """
     state, meta = read(folder / f"{point:08d}", "point", device)
     chosen = {key.removeprefix("raw."): value for key, value in state.items() if key.startswith("raw.")}
@@ -172,5 +174,5 @@ def load_point(
         if not averaged:
             raise ValueError(f"weights: ema asked for, but {folder}/{point:08d} was trained with ema 0; allowed: raw")
         chosen |= averaged
-    module.load_state_dict(chosen)
+    module.to(device).load_state_dict(chosen)
     return meta

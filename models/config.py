@@ -328,12 +328,27 @@ class Runtime(Fields):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, ge=1)
+    shard: bool | None = Field(
+        None,
+        description="divide parameters, gradients and optimiser state over the devices of a run (FSDP2); "
+        "None: where the plan's memory estimate does not fit one device",
+    )
     threads: int = Field(1, ge=1)
     micro_batch: int | None = Field(None, ge=1, description="images per training pass; None is the whole batch")
     measure_batch: int = Field(250, ge=1, description="images at a time where codes are made or checkpoints measured")
     compile: bool = False
     log_every: int = Field(50, ge=1, description="steps between rows of the training loss")
     save_every_s: float = Field(120.0, gt=0, description="seconds between resumable checkpoints")
+    pack: int | None = Field(None, ge=1, le=64, description="runs that share a device; None: as many as memory allows")
+    job_min: float = Field(
+        10.0, ge=0, description="minutes of work for a job at least: short runs follow each other in one; 0: a job each"
+    )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Runtime:
+        if self.shard and self.devices == 1:
+            raise ValueError("shard: got true with devices: 1; allowed: null, false, or devices of 2 and more")
+        return self
 
 
 # --- families --------------------------------------------------------------------------------------------------

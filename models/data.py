@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -429,13 +430,14 @@ class CodeCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-            for name, recorded in self.manifest["files"].items():
-                if _sha256(folder / name) != recorded:
-                    raise ValueError(f"{folder / name}: not the codes that were written; delete the folder")
-            self._held = {name: np.load(folder / name, mmap_mode="r") for name in self.manifest["files"]}
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+            recorded: dict[str, str] = self.manifest["files"]
+            changed = [name for name in recorded if _sha256(folder / name) != recorded[name]]
+            self._held = {} if changed else {name: np.load(folder / name, mmap_mode="r") for name in recorded}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: no readable code cache ({error}); delete the folder") from None
+        if changed:
+            raise ValueError(f"{folder / changed[0]}: not the codes that were written; delete the folder")
 
     def rows(self, split: Split) -> int:
         """Cached views of a split."""
@@ -510,6 +512,18 @@ def encode(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _header(kind: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What stands before the values in a .npy file.
+
+    Files are written here and not mapped, nor left to ``np.save``: on a full disk the first kills the process, and the
+    second raises an error that does not say why.
+    """
+    made = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(made, described)
+    return made.getvalue()
+
+
 def _encode_split(
     tokenizer: Codes, images: Images, folder: Path, split: Split, seed: int, batch: int, device: str
 ) -> dict[str, Any]:
@@ -518,19 +532,20 @@ def _encode_split(
     assert size is not None
     rows = images.fields.images_cached(split)
     kind = np.dtype(np.uint16 if size <= 2**16 else np.int32)
-    held = np.lib.format.open_memmap(folder / f"{split}.npy", mode="w+", dtype=kind, shape=(rows, tokens))
     labels, index, prints = (np.empty(rows, kind) for kind in (np.int32, np.int64, np.int64))
     counts = torch.zeros(size, dtype=torch.int64)
     place = torch.arange(tokens) * 2**40
-    for start in range(0, rows, batch):
-        drawn = images.draw(split, start, min(batch, rows - start), seed, device)
-        codes = tokenizer.encode(drawn["images"]).cpu()
-        part = slice(start, start + len(codes))
-        held[part], labels[part], index[part] = codes.numpy(), drawn["labels"].cpu(), drawn["index"].cpu()
-        prints[part] = _hashed(codes + place).sum(1)
-        counts += torch.bincount(codes.flatten(), minlength=size)
-    held.flush()
-    np.save(folder / f"{split}_labels.npy", labels)
-    np.save(folder / f"{split}_index.npy", index)
+    with (folder / f"{split}.npy").open("wb") as file:
+        file.write(_header(kind, (rows, tokens)))
+        for start in range(0, rows, batch):
+            drawn = images.draw(split, start, min(batch, rows - start), seed, device)
+            codes = tokenizer.encode(drawn["images"]).cpu()
+            part = slice(start, start + len(codes))
+            file.write(codes.numpy().astype(kind).tobytes())
+            labels[part], index[part] = drawn["labels"].cpu(), drawn["index"].cpu()
+            prints[part] = _hashed(codes + place).sum(1)
+            counts += torch.bincount(codes.flatten(), minlength=size)
+    for name, values in (("labels", labels), ("index", index)):
+        (folder / f"{split}_{name}.npy").write_bytes(_header(values.dtype, values.shape) + values.tobytes())
     unique = {"images": len(np.unique(index)), "sequences": len(np.unique(prints))}
     return {"rows": rows, **unique, **usage(counts, tokens)}

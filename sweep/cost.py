@@ -7,6 +7,7 @@ leave out workspaces of convolutions and fragmentation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -22,6 +23,7 @@ GIB = 2.0**30
 PROCESS_GIB = 0.6  # interpreter, torch, allocator
 FEATURES = 2048  # numbers per image and extractor that stay in memory (Inception's; ours are smaller)
 WEIGHTS, GRADIENTS, MOMENTS = 4, 4, 8  # bytes per parameter: float32 weights and gradients, AdamW's two moments
+CASTS = 2  # bytes per parameter: its bfloat16 copy, which autograd keeps from forward to backward
 NEAR = 1.2  # a measured throughput serves models whose parameters differ by less than this factor
 
 
@@ -117,11 +119,49 @@ def extractor(name: str) -> config.Extractor | None:
 
 
 def memory_training(counted: Counts, recipe: Recipe, runtime: Runtime) -> float:
-    """GiB per device while training: weights, gradients, moments, weight average, activations of a micro-batch."""
+    """GiB per device while training: weights, gradients, moments, weight average, activations of a micro-batch.
+
+    With P parameters on n devices, each holds P (4 + 4 + 8 + 4) bytes of these, of a sharded run one n-th: stage 3 of
+    ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, sec. 5.3), the average included. What a sharded run gathers for a
+    block at a time is left out. Casts to bfloat16, 2 P bytes, are made from gathered weights and whole on each device.
+    """
     images = runtime.micro_batch or recipe.batch / runtime.devices
+    half = recipe.precision == "bfloat16"
     state = WEIGHTS + GRADIENTS + MOMENTS + (WEIGHTS if recipe.ema else 0)
-    activations = counted.activations * images * (2 if recipe.precision == "bfloat16" else 4)
-    return PROCESS_GIB + (counted.params_total * state + activations) / GIB
+    held = state / (runtime.devices if runtime.shard else 1) + (CASTS if half else 0)
+    activations = counted.activations * images * (2 if half else 4)
+    return PROCESS_GIB + (counted.params_total * held + activations) / GIB
+
+
+def sharding(counted: Counts, recipe: Recipe, runtime: Runtime, mem_gib: float | None) -> Runtime:
+    """The runtime with ``shard`` decided: where the grid leaves it open, whether whole state is too much for a device.
+
+    ``mem_gib`` is what a device has, None if the grid does not say.
+    """
+    if runtime.shard is not None:
+        return runtime
+    whole = runtime.model_copy(update={"shard": False})
+    if runtime.devices == 1 or mem_gib is None or memory_training(counted, recipe, whole) <= mem_gib:
+        return whole
+    return runtime.model_copy(update={"shard": True})
+
+
+PACKED_H = 1.0  # longest run that shares a device unasked: a long one is large enough to fill it
+PACKED = 8  # runs at the most that do
+FILLED = 0.9  # of a device's memory
+
+
+def packing(runtime: Runtime, mem_gib: float, hours: float, device_gib: float | None) -> Runtime:
+    """The runtime with ``pack`` decided: where the grid leaves it open, as many short runs as a GPU's memory holds.
+
+    ``mem_gib`` and ``hours`` are what one run takes, ``device_gib`` what a device has, None if the grid does not say.
+    Powers of 2, so that not every size asks for a kind of job of its own.
+    """
+    if runtime.pack is not None:
+        return runtime
+    alone = runtime.devices > 1 or runtime.device == "cpu" or device_gib is None or hours > PACKED_H
+    fits = 1 if alone else int(FILLED * (device_gib or 0.0) / mem_gib)
+    return runtime.model_copy(update={"pack": 2 ** int(math.log2(max(1, min(fits, PACKED))))})
 
 
 def memory_measuring(

@@ -50,10 +50,6 @@ class Variant:
         return identity.canonical(self.recipe.model_dump(mode="json"))
 
     @cached_property
-    def runtime_text(self) -> str:
-        return identity.canonical(self.arm.runtime.model_dump(mode="json"))
-
-    @cached_property
     def identities(self) -> tuple[str, str]:
         return identity.canonical(self.fields.identity()), identity.canonical(self.recipe.identity())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-from models.config import Protocol, TokenizerFields, steps_paid
+from models.config import Protocol, Runtime, TokenizerFields, steps_paid
 from sweep import cost, identity
 from sweep.advice import weights_file
 from sweep.design import LIMIT, Checkpoint, Design, Run
@@ -42,6 +42,7 @@ class _Rows:
         self.data = canonical({"family": grid.data_family, **grid.data.model_dump(mode="json")})
         self.data_identity = canonical({"family": grid.data_family, **grid.data.identity()})
         self.empty: Row = dict.fromkeys(PLAN)
+        self.runtimes: dict[Runtime, str] = {}  # as JSON
         self.settings: tuple[Run, Row, dict[str, str]] | None = None
         self.trunk: tuple[Run, Row, dict[str, str]] | None = None
         self.measuring: dict[tuple[int, int, str], tuple[cost.Measuring, float]] = {}
@@ -49,6 +50,19 @@ class _Rows:
         self.protocols: dict[str, tuple[str, str, dict[str, str]]] = {}
 
     # --- what rows share ---
+
+    def trains(self, run: Run) -> Runtime:
+        """How a run is trained: its parameters divided over its devices or not, alone on a device or not."""
+        variant, device_gib = run.variant, self.grid.price.mem_gib
+        runtime = cost.sharding(variant.counts, variant.recipe, variant.arm.runtime, device_gib)
+        flops = variant.flops_per_step * max(run.points)
+        hours = self.price(run, run.stage, flops)["gpu_h_high"] / runtime.devices
+        return cost.packing(runtime, cost.memory_training(variant.counts, variant.recipe, runtime), hours, device_gib)
+
+    def runtime(self, runtime: Runtime) -> str:
+        if runtime not in self.runtimes:
+            self.runtimes[runtime] = canonical(runtime.model_dump(mode="json"))
+        return self.runtimes[runtime]
 
     def setting(self, run: Run) -> tuple[Row, dict[str, str]]:
         """Columns, and parts of the config as JSON, that the seeds of a setting and their evaluations share."""
@@ -77,7 +91,7 @@ class _Rows:
             "family": canonical(variant.arm.section.family),
             "fields": variant.fields_text,
             "data": self.data,
-            "runtime": variant.runtime_text,
+            "runtime": self.runtime(self.trains(run)),
             **{role: _module(point) for role, point in run.lineage.items()},
         }
         self.settings = run, row, parts
@@ -152,7 +166,7 @@ class _Rows:
             "flops_paid": paid,
             "flops_data": made,
             "flops_encode": encoded,
-            "mem_gib": cost.memory_training(variant.counts, variant.recipe, variant.arm.runtime),
+            "mem_gib": cost.memory_training(variant.counts, variant.recipe, self.trains(run)),
             "disk_gib": disk,
         }
         planned = {
@@ -195,11 +209,12 @@ class _Rows:
             "mem_gib": memory,
             "disk_gib": 0.0,
         }
-        runtime = run.variant.arm.runtime.model_copy(update={"devices": 1})  # one device measures
+        runtime = run.variant.arm.runtime.model_copy(update={"devices": 1, "shard": False})  # one device measures
+        runtime = cost.packing(runtime, memory, shared["gpu_h_high"], self.grid.price.mem_gib)
         common = parts | {
             "stage": '"evaluation"',
             "recipe": "null",
-            "runtime": canonical(runtime.model_dump(mode="json")),
+            "runtime": self.runtime(runtime),
             "protocol": canonical(protocol.model_dump(mode="json")),
             "protocol_name": canonical(evaluation.name),
             "protocol_id": canonical(protocol_id),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import socket
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.checkpoint import Checkpoints, load_point, read
 from models.config import VQ, DeadLeaves, Latent, Llama, Recipe, Runtime, family, segments, steps_paid
 from models.data import encode
-from models.training import Loop, device_of, ema_exponent, join, mixed, rate, train
+from models.training import Loop, device_of, ema_exponent, join, leave, meet, mixed, rate, train
 
 RECIPE = Recipe(batch=8, lr=1e-2, warmup=3, decay=0.25, ema=0.1)
 RUNTIME = Runtime(device="cpu", log_every=7, save_every_s=1e9)
@@ -74,17 +79,29 @@ def net(seed: int = 0, **kwargs) -> Net:
     return Net(**kwargs)
 
 
-def run(folder: Path, points, *, recipe=RECIPE, runtime=RUNTIME, module=None, stop_after=None, seed=0, rows=None):
+def run(
+    folder: Path,
+    points,
+    *,
+    recipe=RECIPE,
+    runtime=RUNTIME,
+    module=None,
+    stream=None,
+    stop_after=None,
+    seed=0,
+    rows=None,
+    guard=lambda: None,
+):
     """Train into ``folder``; with ``stop_after``, ask to stop after that many steps."""
     steps = iter(range(1, 10**9))
     return train(
         module or net(seed),
-        Lines(),
+        stream or Lines(),
         recipe,
         points,
         seed=seed,
         runtime=runtime,
-        checkpoints=Checkpoints(folder / "ckpt", folder / "points"),
+        checkpoints=Checkpoints(folder / "ckpt", folder / "points", guard),
         record=lambda step, _, metrics, point: rows.append((step, metrics, point)) if rows is not None else None,
         should_stop=lambda: stop_after is not None and next(steps) >= stop_after,
     )
@@ -153,28 +170,6 @@ def test_the_trunk_does_not_depend_on_how_a_batch_is_divided(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_two_ranks_equal_one_process(device, tmp_path):
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("two ranks on GPUs need two of them")
-    runtime = RUNTIME.model_copy(update={"device": device})
-    run(tmp_path / "one", (12, 20), module=net(dropout=0.0), runtime=runtime)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path / "two"), device]
-    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    ranks = [subprocess.Popen(command, env=shared | each) for each in own]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    for step in (12, 20):
-        one, two = point(tmp_path / "one", step), point(tmp_path / "two", step)
-        assert one.keys() == two.keys()
-        near = {"rtol": 1e-5, "atol": 1e-6} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
-        for key in one:
-            torch.testing.assert_close(one[key], two[key], **near)
-
-
 @pytest.mark.parametrize(
     ("device", "seen", "expected"),
     [("cuda", 4, "cuda:2"), ("cuda", 1, "cuda:0"), ("auto", 2, "cuda:0"), ("cpu", 4, None)],
@@ -186,12 +181,13 @@ def test_a_rank_joins_with_the_device_of_its_run(device, seen, expected, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: calls.append((backend, rest["device_id"])))
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("LOCAL_RANK", "0")  # join sets it: taken back after the test
-    slurm = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "2", "MASTER_ADDR": "here"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
-    join(RUNTIME.model_copy(update={"device": device}))
+    monkeypatch.setattr(dist, "new_group", lambda backend, **_: backend)
+    monkeypatch.setattr("models.training._hosts", None)  # join sets it and the variable: taken back after the test
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    store = dist.HashStore()
+    for rank in range(2):
+        dist.PrefixStore("run", store).set(f"rank {rank}", "here")
+    join(RUNTIME.model_copy(update={"device": device}), store, "run", rank=2, size=3, local_rank=2)
     if expected is None:
         assert calls == [("gloo", None)]
     else:
@@ -394,17 +390,21 @@ def test_a_compiled_step_trains_to_the_same_weights(tmp_path):
 FAMILIES = pytest.mark.parametrize("kind", ["vq", "llama"])
 
 
-def real(kind: str, folder: Path, **runtime) -> Loop:
-    """The loop of a small tokenizer on dead leaves, or of a small generator on that tokenizer's codes."""
-    precision = runtime.pop("precision", "float32")
+def built(kind: str, folder: Path) -> dict:
+    """A small tokenizer and dead leaves, or a small generator and that tokenizer's codes."""
     data, fields = DeadLeaves(size=16, leaves=6, cached=64, cached_heldout=32), VQ(tokens=16, width=8, reset_every=2)
     torch.manual_seed(0)
     module, stream = fields.build(data), data.build()
     if kind == "llama":
         stream = encode(module.eval(), stream, folder / "codes", seed=0)
         module = Llama(layers=2, width=32, heads=2).build(fields.latent(data), data.labels)
-    recipe = Recipe(batch=24, lr=1e-3, warmup=0, precision=precision)
-    return Loop(module, stream, recipe, seed=0, runtime=Runtime(**({"device": "cuda"} | runtime)))
+    return {"module": module, "stream": stream}
+
+
+def real(kind: str, folder: Path, **runtime) -> Loop:
+    """The loop of a small tokenizer on dead leaves, or of a small generator on that tokenizer's codes."""
+    recipe = Recipe(batch=24, lr=1e-3, warmup=0, precision=runtime.pop("precision", "float32"))
+    return Loop(**built(kind, folder), recipe=recipe, seed=0, runtime=Runtime(**({"device": "cuda"} | runtime)))
 
 
 def trained(loop: Loop, steps: int = 3) -> dict[str, float]:
@@ -460,9 +460,274 @@ def test_a_trunk_that_waited_on_the_host_goes_on_on_the_gpu(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-if __name__ == "__main__":  # one of two ranks, started by the test above
-    runtime = RUNTIME.model_copy(update={"device": sys.argv[2]})
-    join(runtime)
-    assert dist.get_world_size() == 2
-    run(Path(sys.argv[1]), (12, 20), module=net(dropout=0.0), runtime=runtime)
-    dist.destroy_process_group()
+# --- two ranks ---------------------------------------------------------------------------------------------------
+
+ONE, DENSE, SHARDED = (
+    RUNTIME.model_copy(update={"devices": devices, "shard": shard})
+    for devices, shard in ((1, False), (2, False), (2, True))
+)
+RUNTIMES = {"dense": DENSE, "sharded": SHARDED}
+DIVIDED = pytest.mark.parametrize("divided", list(RUNTIMES))
+SHORT = Recipe(batch=24, lr=1e-3, warmup=3, ema=0.1, clip=0.2)
+HALF = SHORT.model_copy(update={"precision": "bfloat16"})
+SEVERAL = (12, 25, 40)
+
+
+class Scalar(Net):
+    """A family with a parameter that cannot be divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def training(into: str, points=(24,), *, kind=None, make=net, dropout=0.0, stop=None, **options):
+    """A job of two ranks: train into a folder. Rank 1 alone asks to stop, after ``stop`` steps."""
+
+    def job(folder: Path, rank: int, device: str) -> dict:
+        rows: list = []
+        made = built(kind, folder) if kind else {"module": make(dropout=dropout)}
+        runtime = options["runtime"].model_copy(update={"device": device})
+        asked = {"stop_after": stop if rank == 1 else None}
+        outcome = run(folder / into, points, **(options | made | asked | {"runtime": runtime, "rows": rows}))
+        if outcome.state == "done":  # what was passed in is whole and can be used
+            load_point(folder / into / "points", points[-1], made["module"], "ema", device)
+        return {"state": outcome.state, "steps": outcome.steps, "rows": rows}
+
+    return job
+
+
+def refused(folder: Path, rank: int, device: str) -> dict:
+    """A job whose rank 0 may not write."""
+
+    def guard() -> None:
+        raise PermissionError("another attempt has this run")
+
+    return run(folder / "refused", (12,), runtime=DENSE, guard=guard)
+
+
+def shares(folder: Path, rank: int, device: str) -> dict[str, float]:
+    """A job that tells how much of everything this rank holds."""
+    loop = Loop(**built("llama", folder), recipe=SHORT, seed=0, runtime=SHARDED)
+    loop.step(0, 100, None)
+    moments = [state[name] for state in loop.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    held = {"parameters": loop.params, "moments": moments, "average": loop.ema}
+    return {name: sum(t.to_local().numel() for t in each) / sum(t.numel() for t in each) for name, each in held.items()}
+
+
+def alike(name: str, runtime: Runtime) -> dict:
+    """Jobs that are done both with and without sharding."""
+    micro, seldom = (runtime.model_copy(update=change) for change in ({"micro_batch": 2}, {"log_every": 10_000}))
+    return {
+        f"net-{name}": training(f"net-{name}", (12, 20), runtime=runtime),
+        f"net-{name}-micro": training(f"net-{name}-micro", (12, 20), runtime=micro),
+        f"llama-{name}": training(f"llama-{name}", kind="llama", recipe=SHORT, runtime=runtime),
+        f"llama-{name}-half": training(f"llama-{name}-half", kind="llama", recipe=HALF, runtime=runtime),
+        f"vq-{name}": training(f"vq-{name}", kind="vq", recipe=SHORT, runtime=runtime),
+        f"home-{name}": training(f"home-{name}", kind="llama", recipe=SHORT, runtime=runtime),
+        f"whole-{name}": training(f"whole-{name}", SEVERAL, dropout=0.1, runtime=runtime),
+        f"pieces-{name}-1": training(f"pieces-{name}", SEVERAL, dropout=0.1, stop=11, runtime=seldom),
+        f"pieces-{name}-2": training(f"pieces-{name}", SEVERAL, dropout=0.1, stop=20, runtime=runtime),
+        f"pieces-{name}-3": training(f"pieces-{name}", SEVERAL, dropout=0.1, runtime=runtime),
+    }
+
+
+JOBS = {
+    "apart": training("apart", runtime=DENSE),
+    "refused": refused,
+    "scalar": training("scalar", make=lambda **_: Scalar(), runtime=SHARDED),
+    "shares": shares,
+    "away": training("away", kind="llama", stop=10, recipe=SHORT, runtime=SHARDED),
+    **alike("dense", DENSE),
+    **alike("sharded", SHARDED),
+}
+SLOW = {
+    "compiled": training("compiled", kind="llama", recipe=SHORT, runtime=SHARDED.model_copy(update={"compile": True}))
+}
+
+
+def two_ranks(folder: Path, device: str, jobs: Iterable[str]) -> dict[str, list[dict]]:
+    """What each of two processes told of each job."""
+    command = [sys.executable, __file__, str(folder), device]
+    own = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*command, str(rank), *jobs], env=own) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return {job: [json.loads((folder / f"{job}-{rank}.json").read_text()) for rank in range(2)] for job in jobs}
+
+
+def one_of_two(folder: Path, device: str, rank: int, jobs: list[str]) -> None:
+    """Do jobs together with the other rank, each in a group of its own."""
+    file, failed = folder / "port", []
+    if rank == 0:
+        store, port = meet("localhost", 2, 120.0)
+        file.with_suffix(".new").write_text(str(port))
+        file.with_suffix(".new").rename(file)
+    else:
+        while not file.exists():
+            time.sleep(0.05)
+        store, _ = meet("localhost", 2, 120.0, int(file.read_text()))
+    for job in jobs:
+        began = time.monotonic()
+        name, patience = (f"{job}@{rank}", 2) if job == "apart" else (job, 120)
+        store.set_timeout(timedelta(seconds=patience))
+        try:
+            join(DENSE.model_copy(update={"device": device}), store, name, rank, 2, rank, timeout_s=120.0)
+            told = (JOBS | SLOW)[job](folder, rank, device)
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(error)  # which keeps what its frames held
+            told = {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
+        finally:
+            leave()
+        (folder / f"{job}-{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """Two processes that did all jobs one after the other: their folder, and what each told."""
+    folder, threads = tmp_path_factory.mktemp("pair"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as they have
+    for name in RUNTIMES:  # what they go on with
+        begun = run(folder / f"home-{name}", (24,), recipe=SHORT, runtime=ONE, stop_after=10, **built("llama", folder))
+        assert begun.state == "stopped"
+    yield SimpleNamespace(folder=folder, told=two_ranks(folder, "cpu", JOBS))
+    torch.set_num_threads(threads)
+
+
+def near(one: dict, two: dict, tolerance: float) -> None:
+    """Alike in names, shapes, types, and in values: each tensor as a whole, relative to its length."""
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (value.shape, value.dtype) == (two[name].shape, two[name].dtype)
+        length, apart = value.double().norm(), (value.double() - two[name].double()).norm()
+        assert apart <= tolerance * length, f"{name}: {apart / length:.2g} apart"
+
+
+def near_rows(one: list, two: list, tolerance: float) -> None:
+    """Rows of one process and, as JSON, of two; the perplexity of codes is that of what is seen at a time."""
+    assert [(step, where) for step, _, where in one] == [(step, where) for step, _, where in two]
+    for (_, metrics, _), (_, others, _) in zip(one, two, strict=True):
+        compared = metrics.keys() - {"perplexity"}
+        assert {k: others[k] for k in compared} == pytest.approx({k: metrics[k] for k in compared}, rel=tolerance)
+
+
+@DIVIDED
+@pytest.mark.parametrize("micro", ["", "-micro"])
+def test_two_ranks_equal_one_process(divided, micro, pair, tmp_path):
+    rows: list = []
+    run(tmp_path, (12, 20), module=net(dropout=0.0), runtime=ONE, rows=rows)
+    for step in (12, 20):
+        one, two = point(tmp_path, step), point(pair.folder / f"net-{divided}{micro}", step)
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-6)
+    first, second = pair.told[f"net-{divided}{micro}"]
+    near_rows(rows, first["rows"], 1e-5)
+    assert (first["state"], second["state"], second["rows"]) == ("done", "done", [])
+
+
+@pytest.mark.gpu
+def test_two_ranks_on_gpus_equal_one_process(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two ranks on GPUs need two of them")
+    run(tmp_path, (12, 20), module=net(dropout=0.0), runtime=ONE.model_copy(update={"device": "cuda"}))
+    jobs = [f"net-{name}{micro}" for name in RUNTIMES for micro in ("", "-micro")]
+    two_ranks(tmp_path, "cuda", jobs)
+    for job in jobs:
+        for step in (12, 20):
+            one, two = point(tmp_path, step), point(tmp_path / job, step)
+            assert one.keys() == two.keys()
+            for key in one:
+                torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+def test_two_ranks_train_a_real_family_as_one_process_does(kind, pair, tmp_path):
+    rows: list = []
+    run(tmp_path, (24,), recipe=SHORT, runtime=ONE, rows=rows, **built(kind, tmp_path))
+    for name in RUNTIMES:
+        two = pair.folder / f"{kind}-{name}"
+        near(point(tmp_path, 24), point(two, 24), 1e-4)
+        near(*(read(folder / "ckpt" / "trunk-00000019", "state")[0] for folder in (tmp_path, two)), 1e-4)
+        near_rows(rows, pair.told[f"{kind}-{name}"][0]["rows"], 1e-4)
+    assert all(metrics["grad_norm"] > SHORT.clip for _, metrics, _ in rows)  # the clip matters
+
+
+def test_two_ranks_train_in_half_precision_as_one_process_does(pair, tmp_path):
+    rows: list = []
+    run(tmp_path, (24,), recipe=HALF, runtime=ONE, rows=rows, **built("llama", tmp_path))
+    for name in RUNTIMES:
+        near(point(tmp_path, 24), point(pair.folder / f"llama-{name}-half", 24), 0.01)
+        near_rows(rows, pair.told[f"llama-{name}-half"][0]["rows"], 1e-3)
+
+
+def test_each_rank_of_a_sharded_run_holds_its_half(pair):
+    for told in pair.told["shares"]:
+        assert told.keys() == {"parameters", "moments", "average"}
+        assert all(0.49 < share < 0.51 for share in told.values())
+
+
+@DIVIDED
+def test_two_ranks_stop_at_the_step_where_one_was_asked_to_and_go_on_bit_for_bit(divided, pair):
+    """The first stop is on a branch, its trunk in memory, the second on the trunk; no row is due at either."""
+    pieces = [pair.told[f"pieces-{divided}-{number}"] for number in (1, 2, 3)]
+    left = steps_paid(SEVERAL, RECIPE) - 31
+    for rank in range(2):
+        ends = [(told[rank]["state"], told[rank]["steps"]) for told in pieces]
+        assert ends == [("stopped", 11), ("stopped", 20), ("done", left)]
+    for step in SEVERAL:
+        assert same(point(pair.folder / f"whole-{divided}", step), point(pair.folder / f"pieces-{divided}", step))
+    rows, *parts = ({(s, w): m for s, m, w in t[0]["rows"]} for t in (pair.told[f"whole-{divided}"], *pieces))
+    assert parts[1][12, 12] == pytest.approx(rows[12, 12], rel=1e-6)  # means over both ranks before the stop as after
+    assert parts[2][28, None] == pytest.approx(rows[28, None], rel=1e-6)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(pair, tmp_path):
+    rows: list = []
+    run(tmp_path, (24,), recipe=SHORT, runtime=ONE, rows=rows, **built("llama", tmp_path))
+    late: list = []
+    away = pair.folder / "away"
+    assert [told["state"] for told in pair.told["away"]] == ["stopped", "stopped"]
+    outcome = run(away, (24,), recipe=SHORT, runtime=ONE, rows=late, **built("llama", tmp_path))
+    assert outcome.steps == pair.told["home-dense"][0]["steps"] == pair.told["home-sharded"][0]["steps"] == 14
+    for folder, others in (
+        (away, late),
+        *((pair.folder / f"home-{name}", pair.told[f"home-{name}"][0]["rows"]) for name in RUNTIMES),
+    ):
+        near(point(tmp_path, 24), point(folder, 24), 1e-4)
+        near_rows(rows[1:], others, 1e-4)
+
+
+def test_ranks_of_another_attempt_are_not_met(pair):
+    for told in pair.told["apart"]:
+        assert told["error"].startswith("DistStoreError")
+        assert told["seconds"] < 60
+    assert not (pair.folder / "apart").exists()
+
+
+def test_a_rank_that_fails_does_not_keep_the_other_waiting(pair):
+    first, second = pair.told["refused"]
+    assert first["error"] == "PermissionError: another attempt has this run"
+    assert second["error"].startswith("RuntimeError")
+    assert second["seconds"] < 60  # of the 120 that it would wait
+    assert not (pair.folder / "refused").exists()
+
+
+def test_a_module_that_cannot_be_divided_is_refused(pair):
+    for told in pair.told["scalar"]:
+        assert told["error"].startswith("ValueError: shard: got true, but scale of Scalar is a single number")
+
+
+@pytest.mark.slow
+def test_a_compiled_sharded_step_trains_to_the_same_weights(tmp_path):
+    run(tmp_path / "one", (24,), recipe=SHORT, runtime=ONE, **built("llama", tmp_path))
+    two_ranks(tmp_path, "cpu", SLOW)
+    near(point(tmp_path / "one", 24), point(tmp_path / "compiled", 24), 1e-4)
+
+
+if __name__ == "__main__":  # one of two ranks, started by a test above
+    one_of_two(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

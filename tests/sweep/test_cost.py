@@ -113,6 +113,36 @@ def test_memory_holds_the_state_and_one_micro_batch():
     assert cost.memory_training(COUNTS, half, Runtime()) < cost.memory_training(COUNTS, recipe, Runtime())
 
 
+def test_memory_of_a_sharded_run_holds_one_share_of_the_state_and_whole_casts():
+    def held(devices: int, shard: bool, **recipe: object) -> float:
+        """Bytes per parameter."""
+        trained = Recipe(**{"lr": 1e-3, "batch": 100} | recipe)
+        runtime = Runtime(devices=devices, shard=shard)
+        gib = cost.memory_training(COUNTS._replace(activations=0.0), trained, runtime) - cost.PROCESS_GIB
+        return gib * 2**30 / COUNTS.params_total
+
+    assert held(4, False) == pytest.approx(20)
+    assert held(4, True) == pytest.approx(20 / 4)
+    assert held(4, True, ema=0) == pytest.approx(16 / 4)
+    assert held(4, False, precision="bfloat16") == pytest.approx(20 + 2)
+    assert held(4, True, precision="bfloat16") == pytest.approx(20 / 4 + 2)
+
+
+def test_a_run_is_sharded_where_its_state_does_not_fit_one_device_unless_the_grid_says_otherwise():
+    recipe = Recipe(lr=1e-3, batch=100)
+
+    def chosen(mem_gib: float | None, **runtime: object) -> bool | None:
+        return cost.sharding(COUNTS, recipe, Runtime(**runtime), mem_gib).shard
+
+    needed = cost.memory_training(COUNTS, recipe, Runtime(devices=2))
+    assert chosen(needed * 0.999, devices=2) is True
+    assert chosen(needed, devices=2) is False
+    assert chosen(None, devices=2) is False
+    assert chosen(needed / 10) is False
+    assert chosen(needed / 10, devices=2, shard=False) is False
+    assert chosen(needed * 10, devices=2, shard=True) is True
+
+
 def test_disk_holds_resumable_checkpoints_points_and_codes():
     recipe, constant = Recipe(lr=1e-3), Recipe(lr=1e-3, schedule="constant", ema=0)
     assert cost.disk_training(COUNTS, recipe, 2) * 2**30 == COUNTS.params_total * (3 * 16 + 2 * 8)

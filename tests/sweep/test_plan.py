@@ -404,6 +404,40 @@ def test_nothing_is_left_of_a_plan_that_is_done(tmp_path):
     assert after.total.hours_left == (0.0, 0.0)  # and no rounding of it
 
 
+def test_what_does_not_fit_a_device_is_divided_over_several_and_keeps_its_id(tmp_path):
+    """Generators have 2 devices of 0.9 GiB: enough for the small ones, and for the large ones with half their state."""
+    sizes = [{"name": "small", "width": 64}, {"name": "large", "width": 1024}]
+    section = {"sizes": sizes, "budgets": [3e12], "tolerance": 0.5, "run": {"devices": 2}}
+
+    def planned(**price: float) -> dict[str, dict[str, Any]]:
+        return {row["run_id"]: row for row in rows(tmp_path, generator=section, price=price)}
+
+    plain, tight = planned(), planned(mem_gib=0.9)
+    assert plain.keys() == tight.keys()
+    assert {row["generator_size"] for row in tight.values()} == {None, "small", "large"}
+    for run_id, row in tight.items():
+        config, free = json.loads(row["config"]), json.loads(plain[run_id]["config"])
+        large = row["stage"] == "generator" and row["generator_size"] == "large"
+        assert config["runtime"] == free["runtime"] | {"shard": large}
+        assert free["runtime"]["shard"] is False
+        assert (row["mem_gib"] < plain[run_id]["mem_gib"]) == large
+        assert families.Runtime(**config["runtime"]).devices == (2 if row["stage"] == "generator" else 1)
+        if large:
+            state = 20 * row["params_total"] / 2**30
+            assert plain[run_id]["mem_gib"] - row["mem_gib"] == pytest.approx(state / 2)
+
+
+def test_one_device_cannot_divide_a_run(tmp_path, capsys):
+    for sections, key in (
+        ({"run": {"shard": True}}, "run.shard"),
+        ({"generator": {"run": {"shard": True}}}, "generator.run.shard"),
+    ):
+        file = grid(tmp_path, **sections)
+        assert run(file, "--dry-run") == 2
+        allowed = "allowed: null, false, or devices of 2 and more"
+        assert capsys.readouterr().err == f"{file}: {key}: got true with devices: 1; {allowed}\n"
+
+
 def test_the_grid_of_the_readme_plans(tmp_path):
     text = (ROOT / "README.md").read_text()
     (tmp_path / "grid.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
