@@ -26,6 +26,11 @@ PLAN = f"{STUDY}/plan.parquet"
 RULES = list(STAMPS)
 
 
+def place(wildcards, resources):
+    """Where the runs of a stage are done: what a profile says with resources."""
+    return stages.place(dict(resources.items()))
+
+
 report: "analysis/captions/workflow.rst"
 
 
@@ -52,6 +57,7 @@ for name in RULES:
             python=sys.executable,
             study=STUDY,
             stage=stages.RULES[name].stage,
+            place=place,
             # a measurement that fails is listed, and keeps nothing else from running
             of=(
                 f"--of {stages.RULES[name].of} --keep-going"
@@ -59,7 +65,8 @@ for name in RULES:
                 else ""
             ),
         shell:
-            "{params.python} -m sweep.launch {params.study} --stage {params.stage} {params.of} --cores {threads}"
+            "{params.python:q} -m sweep.launch {params.study:q} --stage {params.stage}"
+            " {params.of} {params.place} --cores {threads}"
 
 
 rule tables:
@@ -75,7 +82,7 @@ rule tables:
         python=sys.executable,
         study=STUDY,
     shell:
-        "{params.python} -m sweep.tables compact {params.study} > {output}"
+        "{params.python:q} -m sweep.tables compact {params.study:q} > {output:q}"
 
 
 rule figures:
@@ -95,4 +102,6 @@ rule figures:
         python=sys.executable,
         study=STUDY,
     run:
-        shell("{params.python} -m analysis.figures {params.study} 2>&1 | tee {log}")
+        shell(
+            "{params.python:q} -m analysis.figures {params.study:q} 2>&1 | tee {log:q}"
+        )

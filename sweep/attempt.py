@@ -13,15 +13,19 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from models import config as families
-from sweep import rundir, tables
+from sweep import failures, rundir, source, tables
+
+if TYPE_CHECKING:
+    from sweep.worker import Team
 
 POLL_S = 0.5  # between two looks at the flag files
 STATUS_S = 2.0  # between two updates of a run's progress
+GRANTED = 3  # attempts in a row that were cut off before they saved anything
 
-State = Literal["done", "diverged", "failed", "cancelled"]
+State = Literal["done", "diverged", "failed", "cancelled", "interrupted"]
 
 
 class Ended(NamedTuple):
@@ -33,10 +37,17 @@ class Ended(NamedTuple):
 
 
 class Stop:
-    """Was this process asked to stop? By a signal, or by a file that appears (``--cancel``, the launcher)."""
+    """Was this process asked to stop? By a signal, or by a file that appears.
 
-    def __init__(self, flag: Path | None = None) -> None:
-        self.flag, self.raised = flag, False
+    ``flags`` are of the launch, and of those of its runs that are alike: somebody does not want them now. ``job`` is
+    written where the process has to make room, and says in one word why (a class of ``failures``): the run is
+    interrupted and goes on when its job does. A process whose ``parent`` is gone has lost its job.
+    """
+
+    def __init__(self, *flags: Path, job: Path | None = None, parent: int | None = None) -> None:
+        self.flags, self.job, self.parent = flags, job, parent
+        self.raised = False
+        self.kind: str | None = None  # of the interruption
 
     def listen(self) -> None:
         """Let signals set the flag; a second Ctrl-C kills."""
@@ -49,17 +60,23 @@ class Stop:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def spread(self, reason: str) -> None:
-        """Stop this process and every other one of its launch."""
+    def spread(self, reason: str, flag: Path | None = None) -> None:
+        """Stop this process and every other one that looks at ``flag``; at that of the launch, where none is named."""
         self.raised = True
-        if self.flag is not None:
-            staged = self.flag.with_name(f".{self.flag.name}-{os.getpid()}")
-            staged.write_text(reason)
-            os.replace(staged, self.flag)  # whoever sees the flag sees the reason
+        if flag is not None or self.flags:
+            flag = flag or self.flags[0]
+            staged = flag.with_name(f".{flag.name}-{os.getpid()}")
+            with contextlib.suppress(OSError):  # a full disk may be the reason
+                staged.write_text(reason)
+                os.replace(staged, flag)  # whoever sees the flag sees the reason
 
     def __call__(self) -> bool:
-        if not self.raised and self.flag is not None and self.flag.exists():
+        if not self.raised and any(flag.exists() for flag in self.flags):
             self.raised = True
+        if not self.raised and self.job is not None and self.job.exists():
+            self.kind, self.raised = self.job.read_text(), True
+        if not self.raised and self.parent is not None and os.getppid() != self.parent:
+            self.kind, self.raised = "preempted", True
         return self.raised
 
 
@@ -75,6 +92,7 @@ class Attempt:
     claim: rundir.Claim
     stop: Stop
     runtime: families.Runtime
+    team: Team | None = None
     steps: int = 0  # trained by this attempt
     train_s: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -92,6 +110,39 @@ class Attempt:
     @property
     def run_id(self) -> str:
         return str(self.config["run_id"])
+
+    def begin(self, **here: Any) -> Ended | None:
+        """Say that the run is worked on; its end instead, where attempt after attempt got no further.
+
+        What ended the one before without its consent, an interruption or a death, may do so for ever: each has to leave
+        a checkpoint that was not there before.
+        """
+        before = rundir.status(self.study, self.run_id)
+        mark = rundir.mark_of(self.study, self.run_id)
+        kind = str(before.get("reason")).partition(":")[0] if before["state"] == "interrupted" else "lost"
+        cut_off = before["state"] in ("interrupted", "running")
+        fruitless = before.get("fruitless", 0) + 1 if cut_off and before.get("mark") == mark else 0
+        if fruitless > GRANTED:
+            return Ended("failed", f"{kind}: {fruitless} attempts in a row ended before they saved anything")
+        self.claim.update(state="running", reason=None, traceback=None, fruitless=fruitless, mark=mark, **here)
+        return None
+
+    def retry(self, ended: Ended) -> tuple[str, dict[str, Any]]:
+        """What becomes of a run whose attempt failed, and what its status then says, by the policy of the failure."""
+        status = rundir.status(self.study, self.run_id)
+        kind = failures.kind({"state": ended.state, "reason": ended.reason}) or "code"
+        policy = failures.POLICY[kind]
+        if policy.stops_study:
+            self.stop.spread(ended.reason or kind)
+        if (change := failures.again(kind, status, self.config)) is None:
+            return "failed", {}
+        elsewhere = policy.where == "elsewhere" or self.team is not None  # ranks are out of step now
+        if kind == "node":
+            host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+            change["exclude"] = sorted({*status.get("exclude", ()), host})
+        self.note("retry", reason=ended.reason, **change)
+        change |= {"state": "planned", "reason": f"once more after {ended.reason}"}
+        return "elsewhere" if elsewhere else "again", change
 
     def should_stop(self) -> bool:
         """Was this run, or the process, asked to stop? Looks at the disk twice a second at most."""
@@ -119,10 +170,11 @@ class Attempt:
             self.told = now
             self.claim.update(sync=False, spent=self.spent(), **fields)
 
-    def end(self, ended: Ended, trace: str | None = None, witnessed: bool = True) -> None:
+    def end(self, ended: Ended, trace: str | None = None, witnessed: bool = True, **fields: Any) -> None:
         """Write what is left of the rows, the row of the run, and its last status, in this order.
 
-        ``witnessed`` is false where another process says so of a worker that is gone.
+        ``witnessed`` is false where another process says so of a worker that is gone. ``fields`` go into the status
+        too: a run that is to be tried again is planned, whatever became of the attempt.
         """
         spent = self.spent()
         self.curves.flush()
@@ -131,12 +183,41 @@ class Attempt:
         runs.append([_row(self, ended, spent, witnessed)])
         runs.flush()
         self.note("ended", state=ended.state, reason=ended.reason)
-        self.claim.update(state=ended.state, reason=ended.reason, traceback=trace, spent=spent)
+        held = {"state": ended.state, "reason": ended.reason, "traceback": trace, "spent": spent}
+        self.claim.update(**held | fields)
+
+
+def abandoned(study: Path, config: dict[str, Any], kind: str, reason: str, gone: int | None = None) -> None:
+    """A run that says it is running, but whose holder is gone: it goes on, once more, or it has failed.
+
+    ``kind`` is the class of ``failures`` in which its holder went, ``reason`` how, in words; ``gone`` is an attempt
+    that is known to be over although it may still look alive.
+    """
+    run_id, policy = config["run_id"], failures.POLICY[kind]
+    if (claim := rundir.claim(study, run_id, gone)) is None:
+        return
+    with claim.held():
+        status = rundir.status(study, run_id)
+        if status["state"] != "running":
+            return
+        change: dict[str, Any] | None = None
+        if not policy.resumes:
+            change = failures.again(kind, status, config)
+        if policy.resumes:
+            claim.update(state="interrupted", reason=f"{kind}: {reason}")
+        elif change is not None:
+            claim.update(state="planned", reason=f"once more after {kind}: {reason}", **change)
+        else:
+            times = (status.get("retries") or {}).get(kind, 0) + 1
+            attempt = Attempt(study, config, claim, Stop(), families.Runtime(**config["runtime"]))
+            attempt.end(Ended("failed", f"{kind}: {reason}{f', {times} times' if times > 1 else ''}"), witnessed=False)
+            return
+        rundir.journal(study, run_id, "lost", attempt=claim.attempt, reason=f"{kind}: {reason}")
 
 
 def _row(attempt: Attempt, ended: Ended, spent: dict[str, float], witnessed: bool) -> dict[str, Any]:
     """The row of table ``runs`` for an attempt that ended."""
-    config, source = attempt.config, rundir.provenance()
+    config, code = attempt.config, source.provenance()
     plan = config["plan"]
     flops = plan.get("flops_per_step")  # evaluations have none
     trained = flops is not None and attempt.steps and attempt.train_s
@@ -157,9 +238,9 @@ def _row(attempt: Attempt, ended: Ended, spent: dict[str, float], witnessed: boo
         "host": socket.gethostname() if witnessed else None,
         "started": attempt.started if witnessed else None,
         "ended": datetime.now(UTC),
-        "commit": source["commit"],
-        "dirty": source["dirty"],
-        "versions": json.dumps(source["versions"]),
+        "commit": code["commit"],
+        "dirty": code["dirty"],
+        "versions": json.dumps(code["versions"]),
     }
 
 

@@ -21,6 +21,8 @@ from models.config import Fields
 
 INT64 = 2**63 - 1  # the largest whole number that a table column holds
 KEY = re.compile(r"[\w.:+@-]{1,64}")  # keys that are printed as they are; others are quoted
+# Line ends and other controls, marks that turn the direction of what follows, halves of characters
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class GridError(ValueError):
@@ -104,9 +106,9 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: bytes) -> Any:
-    """The values of a YAML text; GridError when it is none."""
+    """The values of a YAML text in UTF-8; GridError when it is none."""
     try:
-        return yaml.load(text, _Loader)
+        values = yaml.load(text.decode(), _Loader)
     except GridError:
         raise
     except yaml.MarkedYAMLError as error:
@@ -117,6 +119,25 @@ def parse(text: bytes) -> Any:
         raise GridError("the file", "got too many nested levels; allowed: a grid") from None
     except Exception as error:  # constructors of odd tags (!!timestamp x, !!int "") raise all sorts
         raise GridError("the file", f"got no YAML ({error}); allowed: a YAML mapping") from None
+    _refuse_hidden(values)
+    return values
+
+
+def _refuse_hidden(values: Any) -> None:
+    """GridError where a text holds characters that do not show: it may become a part of a path, a label or a line."""
+    waiting, seen = [("", values)], set[int]()  # an alias may stand for what it is in
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str) and HIDDEN.search(value):
+            raise GridError.got(path or "the file", value, "text without control characters")
+        if not isinstance(value, (dict, list)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in inside:
+            if isinstance(key, str) and HIDDEN.search(key):
+                raise GridError.got(path or "the file", key, "keys without control characters")
+            waiting.append((join(path, key), item))
 
 
 # --- values to sections ----------------------------------------------------------------------------------------

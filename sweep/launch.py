@@ -1,15 +1,19 @@
-"""How do the runs of a stage get done? Worker processes in slots, watched until every run has an outcome.
+"""How do the runs of a stage get done? By processes on this machine or jobs of Slurm, until every run has an outcome.
 
     python -m sweep.launch results/digits --stage tokenizer
     python -m sweep.launch results/digits --stage evaluation --of generator
     python -m sweep.launch results/digits --stage generator --only generator_size=25k --retry
-    python -m sweep.launch results/digits --cancel                  # from another terminal
+    python -m sweep.launch results/digits --stage generator --cluster slurm --slurm partition=gpu time_min=1440
+    python -m sweep.launch results/digits --stage generator --cluster slurm --detach
+    python -m sweep.launch results/digits --cancel                  # from another terminal; --cancel RUN for some
 
-What is finished stays: a second call returns at once, one after an interruption resumes. Ctrl-C lets the workers
-save and stop; the second kills them. Two launches of one study share its runs, as whoever claims a run has it.
+What is finished stays: a second call returns at once, one after an interruption resumes. Ctrl-C lets the workers of
+this machine save and stop, and the second kills them; jobs of Slurm go on, and the same command waits for them again.
+Launches of one study share its runs, as whoever claims a run has it.
 
-Exit codes: 0 all done, or diverged; 1 some failed; 2 bad input; 3 refused; 130 stopped before the end.
-Runs that failed are tried again with --retry; where a file or the disk was to blame, by the next launch anyway.
+Exit codes: 0 all done, or diverged (--detach: submitted); 1 some failed; 2 bad input; 3 refused; 130 stopped or
+detached before the end. Runs that failed are tried again with --retry; where the cause lay outside the run (a file, the
+disk, the machine), by the next launch anyway.
 """
 
 from __future__ import annotations
@@ -17,33 +21,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from models.config import STAGES, Runtime
-from sweep import failures, rundir, tables, worker
-from sweep.attempt import Attempt, Ended, Stop
+from models.config import STAGES
+from sweep import batches, failures, rundir, slurm, source, tables, worker
 from sweep.progress import Progress
-from sweep.slots import Slots
+from sweep.request import KEYS
+from sweep.slots import Local, Stillborn
+from sweep.watch import Row, Watch, awaits
 
-Row = dict[str, Any]
-
-COLUMNS = ("run_id", "stage", "label", "checkpoint", "points", "encode", "upstream", "flops_total", "gpu_h_high")
-STOPPED = ("blocked", "cancelled")  # no attempt is to come in this launch
+COLUMNS = (
+    *("run_id", "stage", "label", "checkpoint", "points", "encode", "upstream"),
+    *("flops_total", "gpu_h_high", "mem_gib"),
+)
 LISTED = ("failed", "blocked", "diverged")  # outcomes that are named with their reason
 SHOWN = 20  # of them
-TICK_S = 0.25
-ALIKE = 3  # runs that fail for one reason before any other ends, at which a launch stops
-
-
-class Stillborn(RuntimeError):
-    """Workers end before they get anything done."""
 
 
 # --- which runs --------------------------------------------------------------------------------------------------
@@ -82,183 +78,7 @@ def _matches(row: Row, key: str, mark: str, value: str) -> bool:
         return str(held) == value
 
 
-def groups(rows: Iterable[Row]) -> list[list[str]]:
-    """Run ids in the order of work: longest first, all evaluations of a checkpoint together."""
-    gathered: dict[str, list[Row]] = {}
-    for row in rows:
-        gathered.setdefault(row["checkpoint"] or row["run_id"], []).append(row)
-    cost = {key: sum(row["flops_total"] or 0.0 for row in held) for key, held in gathered.items()}
-    return [[row["run_id"] for row in gathered[key]] for key in sorted(gathered, key=lambda key: -cost[key])]
-
-
 # --- a launch ----------------------------------------------------------------------------------------------------
-
-
-class Launch:
-    """Runs that have to come to an end, watched by what their own records say."""
-
-    def __init__(
-        self, study: Path, rows: list[Row], configs: dict[str, Row], slots: Slots, keep_going: bool = False
-    ) -> None:
-        self.study, self.configs, self.slots, self.keep_going = study, configs, slots, keep_going
-        self.rows = {row["run_id"]: row for row in rows}
-        self.pending = dict.fromkeys(self.rows)
-        self.outcomes: dict[str, Row] = {}
-        self.records = rundir.Records(study)
-        self.seen: dict[str, Row] = {}  # the last known status of runs that are or were pending
-        self.retried: Counter[tuple[str, str]] = Counter()  # by run and class of failure
-        self.since: list[int] = []  # attempts that had ended at the start of each job
-        self.signals = 0
-        self.why = ""  # it was stopped, where not by a user
-
-    def look(self) -> None:
-        """Read what changed in the records of pending runs."""
-        for run_id in list(self.pending):
-            row, status = self.rows[run_id], self.records.status(run_id)
-            self.seen[run_id] = status
-            if status["state"] == "blocked" and _awaits(row, self.pending):
-                rundir.mark(self.study, run_id, "planned")  # what it is built on failed, and is tried again
-                continue
-            if rundir.finished(self.study, status, row["points"], row["encode"]) or status["state"] in STOPPED:
-                if not self.again(run_id, status):
-                    self.outcomes[run_id] = status
-                    del self.pending[run_id]
-            elif status["state"] == "running":
-                self.recover(run_id)
-
-    def again(self, run_id: str, status: Row) -> bool:
-        """Open a failed run for another attempt, where the policy of its failure grants one."""
-        if (kind := failures.kind(status)) is None:
-            return False
-        policy, reason = failures.POLICY[kind], status["reason"]
-        if kind == "lost" or self.retried[run_id, kind] >= policy.retries:  # lost runs are counted where they are found
-            return False
-        change = _smaller(self.configs[run_id], status) if policy.smaller else {}
-        if change is None:
-            return False
-        self.retried[run_id, kind] += 1
-        rundir.mark(self.study, run_id, "planned", f"once more after {reason}", **change)
-        rundir.journal(self.study, run_id, "retry", reason=reason, **change)
-        return True
-
-    @property
-    def ended(self) -> int:
-        """Attempts that came to an end."""
-        return len(self.outcomes) + self.retried.total()
-
-    def hopeless(self) -> str | None:
-        """Why the others need not be tried: the first runs that ended all failed, and for one reason."""
-        states = {status["state"] for status in self.outcomes.values()}
-        reasons = {status["reason"] for status in self.outcomes.values()}
-        sources = {self.rows[run_id]["checkpoint"] or run_id for run_id in self.outcomes}  # one damaged file is one
-        if self.keep_going or len(sources) < ALIKE or states != {"failed"} or len(reasons) > 1:
-            return None
-        return f"the first {len(self.outcomes)} runs failed alike, {reasons.pop()}"
-
-    def recover(self, run_id: str) -> None:
-        """A run that says it is running, but whose holder is gone: once more, or failed."""
-        holder = rundir.holder(self.study, run_id)
-        if (holder is not None and holder.alive) or rundir.status(self.study, run_id)["state"] != "running":
-            return
-        if (claim := rundir.claim(self.study, run_id)) is None:
-            return
-        lost = rundir.status(self.study, run_id).get("lost", 0) + 1
-        reason = "lost: its worker died" + (f" (pid {holder.pid} on {holder.host})" if holder else "")
-        if lost > failures.POLICY["lost"].retries:
-            config = self.configs[run_id]
-            attempt = Attempt(self.study, config, claim, Stop(), Runtime(**config["runtime"]))
-            attempt.end(Ended("failed", f"{reason}, {lost} times"), witnessed=False)
-        else:
-            claim.update(state="planned", reason=reason, lost=lost)
-            rundir.journal(self.study, run_id, "lost", attempt=claim.attempt, reason=reason)
-        claim.release()
-
-    def fill(self) -> None:
-        """Start processes for runs that nobody works on, as far as there are slots."""
-        live = self.slots.live()
-        if live >= self.slots.count:
-            return
-        ours = {(process["host"], process["pid"]) for process in self.slots.processes()}
-        holders = {run_id: rundir.holder(self.study, run_id) for run_id in self.pending}
-        held = {run_id: (holder.host, holder.pid) for run_id, holder in holders.items() if holder and holder.alive}
-        busy = ours & set(held.values())
-        others = {process for process in set(held.values()) - ours if rundir.alive(*process, None)}
-        ready = (row for run_id in self.pending if not _awaits(row := self.rows[run_id], self.pending))
-        waiting = groups(row for row in ready if row["run_id"] not in held)
-        needed = min(self.slots.count - len(others) - live, len(waiting) - (live - len(busy)))
-        ended = zip(self.since, self.slots.jobs, strict=True)
-        barren = sum(since == self.ended and job.done() for since, job in ended)
-        if needed > 0 and barren > self.slots.count:
-            raise Stillborn(f"workers end before they end a run; see {_short(self.slots.folder)}/*_log.err")
-        for _ in range(needed):
-            self.since.append(self.ended)
-            self.slots.start(groups(self.rows[run_id] for run_id in self.pending))
-
-    def worked(self) -> float:
-        """Planned FLOPs that are behind, those of runs in progress included."""
-        behind = sum(self.rows[run_id]["flops_total"] or 0.0 for run_id in self.outcomes)
-        for run_id in self.pending:
-            status = self.seen.get(run_id, {})
-            if status.get("state") == "running" and status.get("steps"):
-                behind += (self.rows[run_id]["flops_total"] or 0.0) * status.get("step", 0) / status["steps"]
-        return behind
-
-    def counts(self) -> tuple[int, int, int]:
-        """Runs that ended well, run, failed."""
-        states = Counter(status["state"] for status in self.outcomes.values())
-        running = sum(self.seen.get(run_id, {}).get("state") == "running" for run_id in self.pending)
-        return states["done"] + states["diverged"], running, states["failed"] + states["blocked"]
-
-    def watch(self, progress: Progress, done: int) -> bool:
-        """Until every run has an outcome (True), or the launch was stopped (False)."""
-        stopping = False
-        while True:
-            began = time.monotonic()
-            self.look()
-            well, running, failed = self.counts()
-            progress.show(done + well, running, failed, self.worked())
-            if not self.pending:
-                return True
-            if not (stopping or self.slots.flag.exists()) and (why := self.hopeless()):
-                rundir.atomic_write(self.study, self.slots.flag, why.encode())
-            if (self.signals or self.slots.flag.exists()) and not stopping:
-                stopping = True
-                why = self.why = self.slots.flag.read_text() if self.slots.flag.exists() else ""
-                self.slots.flag.touch()
-                progress.say(f"stopping{f' ({why})' if why else ''}: workers save and end; Ctrl-C again kills them")
-            if self.signals > 1:
-                self.slots.kill()
-                return False
-            if stopping and not self.slots.live():
-                self.look()
-                return not self.pending
-            if not stopping:
-                self.fill()
-            time.sleep(max(TICK_S, 5 * (time.monotonic() - began)))
-
-
-def _smaller(config: Row, status: Row) -> Row | None:
-    """Half as many images at a time than in the last attempt of a run, which is the same run; null below one image."""
-    runtime = Runtime(**config["runtime"])
-    batch = min(status.get("measure_batch") or runtime.measure_batch, runtime.measure_batch) // 2
-    change: Row = {"measure_batch": batch} if batch else {}
-    if config["stage"] != "evaluation":
-        images = config["recipe"]["batch"]
-        sizes = (status.get("micro_batch"), runtime.micro_batch, images)
-        micro = failures.halved(images, min(size for size in sizes if size))
-        change |= {"micro_batch": micro} if micro else {}
-    return change or None
-
-
-@contextmanager
-def _signals(handle: Callable[[], None]) -> Iterator[None]:
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(number, lambda *_: handle()) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def run(study: Path, options: argparse.Namespace) -> int:
@@ -275,7 +95,7 @@ def run(study: Path, options: argparse.Namespace) -> int:
             pending.append(row)
     ours = {row["run_id"] for row in pending}
     for row in pending:
-        if not _awaits(row, ours) and (why := worker.blocked(study, row["stage"], row["upstream"])):
+        if not awaits(row, ours) and (why := worker.blocked(study, row["stage"], row["upstream"])):
             waits[row["run_id"]] = why
     pending = [row for row in pending if row["run_id"] not in waits]
     title = options.stage + (f" --of {options.of}" if options.of else "")
@@ -286,17 +106,14 @@ def run(study: Path, options: argparse.Namespace) -> int:
     for run_id, why in waits.items():
         rundir.mark(study, run_id, "blocked", why.reason, diverged_upstream=why.diverged)
     stopped = _bring(study, title, pending, len(rows) - len(pending) - len(waits), len(rows), options)
+    if pending and options.detach:
+        return stopped
     statuses |= {run_id: rundir.status(study, run_id) for run_id in (*waits, *(row["run_id"] for row in pending))}
     return _report(study, title, rows, statuses, stopped, options, time.monotonic() - began)
 
 
-def _awaits(row: Row, runs: Container[str]) -> bool:
-    """Is a run that this one is built on among ``runs``?"""
-    return any(source.partition("@")[0] in runs for source in row["upstream"])
-
-
 def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, options: argparse.Namespace) -> int:
-    """Run what is pending: 0, or where it was stopped before the end 130 (by a user) or 1 (by what went wrong)."""
+    """Run what is pending: 0, or where it was left before the end 130 (by a user) or 1 (by what went wrong)."""
     if not pending:
         return 0
     wanted = [row["run_id"] for row in pending]
@@ -304,35 +121,54 @@ def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, o
     for root in {config["data"].get("root") for config in configs.values()} - {None}:
         if not Path(root).is_dir():
             raise ValueError(f"{_short(study / 'grid.yaml')}: data.root: got {root}; allowed: a folder that is here")
-    if (most := max(config["runtime"]["devices"] for config in configs.values())) > 1:
-        print(
-            f"{title}: planned for up to {most} devices a run; a launch on this machine gives each one", file=sys.stderr
-        )
+    if options.require_clean and (changed := source.changes()):
+        raise ValueError(f"--require-clean: {len(changed)} files differ from the commit ({changed[0].strip()}, ...)")
+    folder = rundir.launches_folder(study) / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    watch = _place(study, pending, configs, folder, options)
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o700)  # submitit pickles what it runs
+    in_hand = batches.covered(batches.opened(study))
     for run_id in wanted:
         rundir.register(study, configs[run_id])
-        status, holder = rundir.status(study, run_id), rundir.holder(study, run_id)
-        if (status["state"] != "planned" or status.get("lost")) and not (holder and holder.alive):
-            # who asks for a retry may have more memory now
-            sizes = dict.fromkeys(("micro_batch", "measure_batch")) if options.retry and status.get("attempt") else {}
-            rundir.mark(study, run_id, "planned", lost=0, **sizes)
-    slots = Slots(study, configs.values(), options)
-    launch = Launch(study, pending, configs, slots, options.keep_going)
-    print(f"{title}: {len(pending)} of {total} runs to do, {slots.count} x {slots.width} threads", flush=True)
+        if run_id not in in_hand or rundir.status(study, run_id)["state"] in ("failed", "cancelled"):
+            _reopen(study, run_id, options.retry)
+    print(f"{title}: {len(pending)} of {total} runs to do, {watch.about()}", flush=True)
+    if options.detach:
+        print(f"{title}: {watch.leave()}; the same command without --detach waits for them")
+        return 0
     keep = True
     try:
-        with (
-            _signals(lambda: setattr(launch, "signals", launch.signals + 1)),
-            Progress(title, total, done, sum(row["flops_total"] or 0.0 for row in pending)) as progress,
-        ):
-            whole = launch.watch(progress, done)
-        keep = not whole or any(status["state"] == "failed" for status in launch.outcomes.values())
+        with Progress(title, total, done, sum(row["flops_total"] or 0.0 for row in pending)) as progress:
+            whole = watch.watch(progress, done)
+        keep = not whole or any(status["state"] == "failed" for status in watch.outcomes.values())
     finally:
-        slots.close(keep)
+        watch.close(keep)
     for problem in tables.compact(study):
         print(f"{_short(problem.path)}: {problem.what}; left out", file=sys.stderr)
-    if whole and all(status["state"] != "cancelled" for status in launch.outcomes.values()):
-        return 0
-    return 1 if launch.why else 130
+    if watch.why:
+        print(f"{title}: stopped ({watch.why})", file=sys.stderr)
+        return 1
+    return 0 if whole and all(status["state"] != "cancelled" for status in watch.outcomes.values()) else 130
+
+
+def _place(study: Path, rows: list[Row], configs: dict[str, Row], folder: Path, options: argparse.Namespace) -> Watch:
+    """Where the runs are done."""
+    if options.cluster == "local":
+        return Local(study, rows, configs, folder, options)
+    from sweep.dispatch import Cluster
+
+    return Cluster(study, rows, configs, folder, options)
+
+
+def _reopen(study: Path, run_id: str, retry: bool) -> None:
+    """Let a run that nobody has in hand start with a clean slate."""
+    status, holder = rundir.status(study, run_id), rundir.holder(study, run_id)
+    if (holder and holder.alive) or status["state"] == "interrupted":
+        return
+    if status["state"] != "planned" or status.get("retries"):
+        # who asks for a retry may have more memory now
+        sizes = dict.fromkeys(("micro_batch", "measure_batch")) if retry and status.get("attempt") else {}
+        rundir.mark(study, run_id, "planned", retries={}, **sizes)
 
 
 def _report(
@@ -370,7 +206,8 @@ def _report(
         print("stopped before the end; the same command resumes", file=sys.stderr)
         return stopped
     if bad and not (options.keep_going and counts["done"]):
-        return 2 if all(failures.reopens(statuses[run_id]) for run_id in bad) else 1
+        kinds = [failures.kind(statuses[run_id]) for run_id in bad]
+        return 2 if all(kind is not None and failures.POLICY[kind].mend for kind in kinds) else 1
     if not options.only:
         outcome = {row["run_id"]: statuses[row["run_id"]]["state"] for row in rows}
         stamp = {"stage": options.stage, "of": options.of, "runs": outcome}
@@ -379,14 +216,42 @@ def _report(
 
 
 def cancel(study: Path, options: argparse.Namespace) -> int:
-    """Ask running runs to save and stop: those selected, or all, with the launches they belong to."""
-    rows = select(study, options.stage, options.of, options.only)
-    if not (options.only or options.stage):
+    """Let runs save and stop, and take those that wait out of the queue: those named or selected, or all.
+
+    Where all are meant, the launches they belong to stop too.
+    """
+    chosen = select(study, options.stage, options.of, options.only)
+    if options.cancel:
+        named = {row["run_id"] for run_id in options.cancel for row in select(study, None, None, [run_id])}
+        chosen = [row for row in chosen if row["run_id"] in named]
+    everything = not (options.cancel or options.only or options.stage)
+    opened = batches.opened(study)
+    if everything:
         for folder in rundir.launches_folder(study).glob("*/"):
-            (folder / "stop").touch()
-    asked = sum(rundir.cancel(study, row["run_id"]) for row in rows)
-    print(f"{asked} runs were asked to save and stop" if asked else "nothing is running")
+            if folder != rundir.code_folder(study):
+                (folder / "stop").touch()
+    asked = [row["run_id"] for row in chosen if rundir.cancel(study, row["run_id"])]
+    waiting = {row["run_id"] for row in chosen} & batches.covered(opened).keys() - set(asked)
+    for run_id in waiting:
+        if not rundir.finished(study, rundir.status(study, run_id), None, None):
+            rundir.mark(study, run_id, "cancelled", "cancelled before it began")
+    idle = [
+        batch.element(task)
+        for batch in opened
+        for task in batch.open_tasks()
+        if batch.job and all(_resting(study, run_id) for run_id in batch.runs(task))
+    ]
+    if idle and (failed := slurm.cancel(idle)):
+        print(f"jobs could not be taken out of the queue: {failed}", file=sys.stderr)
+    said = f"{len(asked)} runs were asked to save and stop" if asked else "nothing is running"
+    print(f"{said}, {len(waiting)} that waited are cancelled" if waiting else said)
     return 0
+
+
+def _resting(study: Path, run_id: str) -> bool:
+    """Is nothing to be done about a run, now or later?"""
+    holder, state = rundir.holder(study, run_id), rundir.status(study, run_id)["state"]
+    return state in (*rundir.FINAL, "cancelled", "blocked") and not (holder and holder.alive)
 
 
 def _short(path: Path) -> str:
@@ -401,31 +266,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="RUN_ID|KEY=VALUE", help="may be repeated")
     parser.add_argument("--retry", action="store_true", help="also runs that failed")
     parser.add_argument("--keep-going", action="store_true", help="call the stage complete though some runs failed")
-    parser.add_argument("--cancel", action="store_true", help="ask what is running to save and stop")
-    parser.add_argument("--cluster", choices=("local",), default="local")
     parser.add_argument(
-        "--cores", type=worker.positive, metavar="N", help="cores to use (default: all of this process)"
-    )
-    parser.add_argument("--slots", type=worker.positive, metavar="N", help="worker processes (default: GPUs, or cores)")
-    parser.add_argument(
-        "--threads-per-slot", type=worker.positive, metavar="N", help="instead of the plan's run.threads"
+        "--cancel", nargs="*", metavar="RUN", help="let runs save and stop; without a name all, and the launches too"
     )
     parser.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse to start more, by the high estimate")
+    parser.add_argument("--require-clean", action="store_true", help="refuse to run code that differs from its commit")
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where (default: this machine)")
+    here = parser.add_argument_group("on this machine")
+    here.add_argument("--cores", type=worker.positive, metavar="N", help="cores to use (default: all of this process)")
+    here.add_argument("--slots", type=worker.positive, metavar="N", help="worker processes (default: GPUs, or cores)")
+    here.add_argument("--threads-per-slot", type=worker.positive, metavar="N", help="instead of the plan's run.threads")
+    queue = parser.add_argument_group("on Slurm")
+    waits = queue.add_mutually_exclusive_group()
+    waits.add_argument("--wait", action="store_true", help="until all runs have an outcome (default)")
+    waits.add_argument("--detach", action="store_true", help="submit and return")
+    queue.add_argument(
+        "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=f"KEY: {', '.join(KEYS)}"
+    )
+    queue.add_argument("--poll-s", type=float, default=10.0, metavar="S", help="between two questions to Slurm")
     options = parser.parse_args(argv)
-    if not (options.stage or options.cancel):
+    if not (options.stage or options.cancel is not None):
         parser.error("--stage is required")
     if options.of and options.stage not in (None, "evaluation"):
         parser.error("--of goes with --stage evaluation")
+    if options.cluster == "local" and (options.detach or options.slurm):
+        parser.error("--detach and --slurm go with --cluster slurm")
     try:
         study = rundir.find(options.study)
-        return cancel(study, options) if options.cancel else run(study, options)
+        return cancel(study, options) if options.cancel is not None else run(study, options)
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{error.filename or options.study}: {error.strerror}", file=sys.stderr)
         return 2
-    except Stillborn as error:
+    except (Stillborn, slurm.Silent) as error:
         print(error, file=sys.stderr)
         return 1
 

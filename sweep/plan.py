@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sweep import advice, arrow, cost, identity, rundir
+from sweep import advice, arrow, cost, identity, rundir, source
 from sweep.bill import Stage, bill, show
 from sweep.design import Design, design
 from sweep.document import GridError, naming
@@ -93,9 +93,9 @@ def plan(grid: Grid, results: str | Path = "results") -> Plan:
     return result
 
 
-def _batches(source: Iterable[Row]) -> Iterator[pa.RecordBatch]:
-    source = iter(source)
-    while batch := list(islice(source, BATCH)):
+def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
         yield arrow.batch(batch, schema("plan"))
 
 
@@ -150,6 +150,7 @@ def write(result: Plan) -> bool:
         compression="zstd",
         use_dictionary=repetitive,
         row_group_size=16 * BATCH,
+        write_page_checksum=True,
     )
     made, held, before = sink.getvalue().to_pybytes(), _read(rundir.plan_file(study)), _lock(study)
     names = {name for evaluation in result.grid.evaluations for name in evaluation.protocol.extractors}
@@ -157,12 +158,12 @@ def write(result: Plan) -> bool:
     stands_for = {"grid_sha256": hashlib.sha256(text).hexdigest(), "given": given(text.decode(), weights)}
     if held == made and before.items() >= stands_for.items():
         return False
-    source = rundir.provenance()
+    code = source.provenance()
     lock = {
         "version": VERSION,
         **stands_for,
-        "commit": source["commit"],
-        "versions": source["versions"],
+        "commit": code["commit"],
+        "versions": code["versions"],
         "created": rundir.now(),
     }
     rundir.atomic_write(study, study / "grid.yaml", text)

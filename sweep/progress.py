@@ -35,7 +35,7 @@ class Progress:
                 TextColumn("{task.fields[left]}"),
             )
             self.bar = Bar(*columns)
-            self.task = self.bar.add_task(self._text(done, 0, 0), total=self.work, left="")
+            self.task = self.bar.add_task(self._text(done, 0, 0, 0), total=self.work, left="")
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -48,14 +48,16 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def show(self, done: int, running: int, failed: int, worked: float) -> None:
+    def show(self, done: int, running: int, failed: int, worked: float, queued: int = 0) -> None:
         """``worked`` is the part of ``work`` that is behind, FLOPs of runs in progress included."""
         left = self._left(worked)
         if self.bar is not None:
-            self.bar.update(self.task, description=self._text(done, running, failed), completed=worked, left=left)
+            self.bar.update(
+                self.task, description=self._text(done, running, failed, queued), completed=worked, left=left
+            )
         elif time.monotonic() - self.said >= PLAIN_S:
             self.said = time.monotonic()
-            line = self._text(done, running, failed), f"{worked / self.work:.0%} of FLOPs", left
+            line = self._text(done, running, failed, queued), f"{worked / self.work:.0%} of FLOPs", left
             print(", ".join(part for part in line if part), flush=True)
 
     def say(self, text: str) -> None:
@@ -65,10 +67,10 @@ class Progress:
         else:
             print(text, flush=True)
 
-    def _text(self, done: int, running: int, failed: int) -> str:
-        return f"{self.title}: {done} of {self.total} done, {running} running" + (
-            f", {failed} failed" if failed else ""
-        )
+    def _text(self, done: int, running: int, failed: int, queued: int) -> str:
+        more = ((queued, "queued"), (failed, "failed"))
+        also = "".join(f", {number} {state}" for number, state in more if number)
+        return f"{self.title}: {done} of {self.total} done, {running} running{also}"
 
     def _left(self, worked: float) -> str:
         """Time left at the rate since work was first seen to be done (start-up and resumed work do not count)."""

@@ -10,16 +10,15 @@ one exists. Claims only coordinate; what ``status.json`` says about a finished r
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
+import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import socket
-import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,6 +89,11 @@ def log_file(study: Path, run_id: str) -> Path:
 def launches_folder(study: Path) -> Path:
     """Private folders of launches: what submitit writes, the processes of each, its stop flag."""
     return study / ".submitit"
+
+
+def code_folder(study: Path) -> Path:
+    """Copies of the code that jobs run."""
+    return launches_folder(study) / "code"
 
 
 def codes_folder(study: Path, checkpoint: str, data_hash: str) -> Path:
@@ -223,6 +227,13 @@ def finished(study: Path, status: dict[str, Any], points: list[int] | None, enco
     return status["state"] in FINAL
 
 
+def mark_of(study: Path, run_id: str) -> str:
+    """What an attempt may go on from, in one word: it changes with every checkpoint, point and cache of codes."""
+    folders = (run_folder(study, run_id) / "ckpt", points_folder(study, run_id), study / "cache" / "codes" / run_id)
+    names = [name for folder in folders if folder.is_dir() for name in os.listdir(folder) if not name.startswith(".")]
+    return hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:12]
+
+
 def journal(study: Path, run_id: str, event: str, **fields: Any) -> None:
     """Append one line to the run's journal."""
     path = journal_file(study, run_id)
@@ -243,26 +254,56 @@ class Superseded(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Claim:
-    """The right to write into one run's folder, under an attempt number."""
+class Lease:
+    """The right to write into a folder, under a number: what a claim is for one run."""
 
     study: Path
-    run_id: str
+    claims: Path
     attempt: int
 
     @property
     def folder(self) -> Path:
-        return _claims(self.study, self.run_id) / f"{self.attempt:04d}"
+        return self.claims / f"{self.attempt:04d}"
 
     def guard(self) -> None:
-        """Raise ``Superseded`` when a later attempt holds the run."""
-        if (newest := _newest(_claims(self.study, self.run_id))) != self.attempt:
-            raise Superseded(f"run {self.run_id}: attempt {self.attempt} was superseded by attempt {newest}")
+        """Raise ``Superseded`` when a later attempt holds the folder."""
+        if (newest := _newest(self.claims)) != self.attempt:
+            name = self.claims.parent.name
+            raise Superseded(f"{name}: attempt {self.attempt} was superseded by attempt {newest}")
 
     def beat(self) -> None:
         """Give a sign of life."""
         with contextlib.suppress(FileNotFoundError):  # given back
             os.utime(self.folder / "holder.json")
+
+    def release(self) -> None:
+        """Give the folder back; the record stays, so that the next attempt gets a higher number."""
+        (self.folder / "holder.json").rename(self.folder / "released.json")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Give signs of life while the block runs, and give the folder back after it."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT_S):
+                self.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.release()
+
+
+@dataclass(frozen=True)
+class Claim(Lease):
+    """The right to write into one run's folder, under an attempt number."""
+
+    run_id: str
 
     def update(self, sync: bool = True, **fields: Any) -> None:
         """Change fields of the run's status."""
@@ -274,31 +315,42 @@ class Claim:
         """Did somebody ask this attempt to stop?"""
         return (self.folder / "cancel").exists()
 
-    def release(self) -> None:
-        """Give the run back; the folder stays, so that the next attempt gets a higher number."""
-        (self.folder / "holder.json").rename(self.folder / "released.json")
-
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run."""
+    """Who holds a run; ``job`` is the Slurm job of its process, if it belongs to one."""
 
     attempt: int
     host: str
     pid: int
+    job: str | None
     alive: bool
 
 
-def claim(study: Path, run_id: str) -> Claim | None:
-    """Take a run that nobody alive holds; None when somebody does, or was faster."""
-    claims = _claims(study, run_id)
+def claim(study: Path, run_id: str, gone: int | None = None) -> Claim | None:
+    """Take a run that nobody alive holds; None when somebody does, or was faster.
+
+    ``gone`` is an attempt that the caller knows to be over, whatever its last sign of life.
+    """
+    attempt = _take(study, _claims(study, run_id), gone)
+    return None if attempt is None else Claim(study, _claims(study, run_id), attempt, run_id)
+
+
+def lease(study: Path, folder: Path) -> Lease | None:
+    """Take a folder of the study that one process may work in at a time; None when another one does."""
+    attempt = _take(study, folder / "claim")
+    return None if attempt is None else Lease(study, folder / "claim", attempt)
+
+
+def _take(study: Path, claims: Path, gone: int | None = None) -> int | None:
+    """The number under which the folder is ours now; None when somebody alive has it, or was faster."""
     newest = _newest(claims)
     held = _holder(study, claims, newest)
-    if held is not None and held.alive:
+    if held is not None and held.alive and newest != gone:
         return None
     claims.mkdir(parents=True, exist_ok=True)
     staging(study).mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=staging(study), prefix=f"{run_id}-claim"))
+    staged = Path(tempfile.mkdtemp(dir=staging(study), prefix=f"{claims.parent.name}-claim"))
     (staged / "holder.json").write_text(json.dumps({**myself(), "claimed": now()}))
     target = claims / f"{newest + 1:04d}"
     try:
@@ -309,7 +361,7 @@ def claim(study: Path, run_id: str) -> Claim | None:
         if not target.exists():
             raise
         return None
-    return Claim(study, run_id, newest + 1)
+    return newest + 1
 
 
 def holder(study: Path, run_id: str) -> Holder | None:
@@ -322,7 +374,7 @@ def _holder(study: Path, claims: Path, attempt: int) -> Holder | None:
     path = claims / f"{attempt:04d}" / "holder.json"
     if (held := _read(path)) is None:
         return None
-    return Holder(attempt, held["host"], held["pid"], _alive(study, held, path))
+    return Holder(attempt, held["host"], held["pid"], held.get("job"), _alive(study, held, path))
 
 
 def cancel(study: Path, run_id: str) -> bool:
@@ -335,8 +387,14 @@ def cancel(study: Path, run_id: str) -> bool:
 
 
 def myself() -> dict[str, Any]:
-    """What tells this process from any other."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    """What tells this process from any other; ``restart`` counts how often Slurm has started its job again."""
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return here
+    if array is not None:  # the name that stays the same when Slurm starts it again
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return here | {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
 
 
 def alive(host: str, pid: int, born: int | None) -> bool | None:
@@ -353,6 +411,9 @@ def alive(host: str, pid: int, born: int | None) -> bool | None:
 
 
 def _alive(study: Path, held: dict[str, Any], path: Path) -> bool:
+    mine = myself()
+    if "job" in mine and held.get("job") == mine["job"] and held["restart"] < mine["restart"]:
+        return False  # Slurm has taken the job away from it and given it to us, even where its process lives on
     here = alive(held["host"], held["pid"], held["born"])
     if here is not None:
         return here
@@ -384,33 +445,3 @@ def _newest(claims: Path) -> int:
         return max((int(name) for name in os.listdir(claims) if name.isdecimal()), default=0)
     except FileNotFoundError:
         return 0
-
-
-# --- provenance ------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def provenance() -> dict[str, Any]:
-    """Commit of the code that runs, whether it was changed since, and versions of what decides results."""
-    root = Path(__file__).parents[1]
-
-    def git(*words: str) -> str | None:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=30
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "torch-fidelity"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "versions": versions,
-    }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -37,20 +39,22 @@ def ensure(grid: str, results: str) -> Path:
 
     What the plan warns of is printed once, when it is made.
     """
+    if {"{", "}"} & set(results):
+        raise ValueError(f"results: got {results}; allowed: a path without braces, which Snakemake takes for wildcards")
     try:
         text = Path(grid).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{grid}: {error.strerror}") from None
-    if (study := _named(text, results)) is not None and _planned(study, text):
-        return study
-    from sweep import plan  # only when it is needed: it reads the grid with pydantic
+        if (study := _named(text, results)) is not None and _planned(study, text):
+            return study
+        from sweep import plan  # only when it is needed: it reads the grid with pydantic
 
-    planned = plan.plan(plan.load(grid), results)
-    if refusal := planned.refusal():
-        raise ValueError(refusal)
-    if plan.write(planned):
-        for warning in planned.warnings:
-            print(f"{grid}: {warning}", file=sys.stderr)
+        planned = plan.plan(plan.load(grid), results)
+        if refusal := planned.refusal():
+            raise ValueError(refusal)
+        written = plan.write(planned)
+    except OSError as error:
+        raise ValueError(f"{error.filename or results}: {error.strerror}") from None
+    for warning in planned.warnings if written else ():
+        print(f"{grid}: {warning}", file=sys.stderr)
     return planned.study
 
 
@@ -58,7 +62,7 @@ def _named(text: bytes, results: str) -> Path | None:
     """The folder that a grid names; None where only a full reading can say what is wrong with it."""
     try:
         held = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # YAML's own errors, and those of constructors of odd tags
         return None
     name = held.get("study") if isinstance(held, dict) else None
     return Path(results) / name if isinstance(name, str) else None
@@ -83,6 +87,22 @@ def stamps(study: Path) -> dict[str, str]:
         for rule, (stage, of) in RULES.items()
         if (stage, of[0] if of else "") in present
     }
+
+
+# Resources of a rule that say where its runs are done: their names, which the Slurm executor gave them, and ours.
+PLACES = {"slurm_partition": "partition", "slurm_account": "account"}
+
+
+def place(resources: Mapping[str, Any]) -> str:
+    """Options of ``sweep.launch`` from a rule's resources: ``cluster``, those in ``PLACES``, and ``launch``.
+
+    ``launch`` holds any settings of ``--slurm`` in one string, "time_min=1440 parallel=64"; it wins.
+    """
+    if (cluster := resources.get("cluster", "local")) == "local":
+        return ""
+    settings = [f"{key}={resources[name]}" for name, key in PLACES.items() if resources.get(name)]
+    settings += str(resources.get("launch", "")).split()
+    return shlex.join(["--cluster", str(cluster), *(("--slurm", *settings) if settings else ())])
 
 
 def captions(study: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweep import rundir, stages, tables
+from sweep import batches, rundir, stages, tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,7 +33,7 @@ COLUMNS = (
     *("run_id", "stage", "label", "checkpoint", "points", "encode", "upstream"),
     *("flops_total", "gpu_h_low", "gpu_h_high", "config"),
 )
-STATES = ("done", "running", "pending", "lost", "blocked", "cancelled", "failed", "diverged")
+STATES = ("done", "running", "queued", "pending", "lost", "blocked", "cancelled", "failed", "diverged")
 BAD = ("failed", "diverged", "blocked", "lost")
 REFRESH_S = 2.0
 SHOWN = 20  # runs in progress
@@ -73,6 +73,7 @@ class Run:
     left_s: float | None
     host: str | None
     pid: int | None
+    job: str | None  # of Slurm, that has it or is to do it
 
 
 @dataclass
@@ -102,27 +103,31 @@ class Reader:
 
     def look(self) -> Snapshot:
         held = [(row, self.records.status(row["run_id"])) for row in self.rows]
-        runs = [self._run(row, status) for row, status in held]
+        queued = batches.covered(batches.opened(self.study))
+        runs = [self._run(row, status, queued) for row, status in held]
         by_rule: dict[str, list[tuple[Row, Row, Run]]] = {}
         for (row, status), run in zip(held, runs, strict=True):
             by_rule.setdefault(self.rule[row["run_id"]], []).append((row, status, run))
         found = [self._stage(name, by_rule[name]) for name in stages.RULES if name in by_rule]
         return Snapshot(self.study.name, found, runs)
 
-    def _run(self, row: Row, status: Row) -> Run:
+    def _run(self, row: Row, status: Row, queued: dict[str, tuple[batches.Batch, int]]) -> Run:
         state, attempt = status["state"], status.get("attempt")
         if state == "running":
             holder = rundir.holder(self.study, row["run_id"])
             state = "running" if holder is not None and holder.alive else "lost"
-        elif state == "planned" or (
+        elif state in ("planned", "interrupted") or (
             state == "done" and not rundir.finished(self.study, status, row["points"], row["encode"])
         ):
-            state = "pending"
+            state = "queued" if row["run_id"] in queued else "pending"
         spent, step, steps = status.get("spent") or {}, status.get("step"), status.get("steps")
         left = None
         if state == "running" and steps and spent.get("steps") and spent.get("train_s"):
             left = (steps - (step or 0)) * spent["train_s"] / spent["steps"]
-        here = state == "running"
+        here, job = state == "running", status.get("job") if state == "running" else None
+        if state == "queued":
+            batch, task = queued[row["run_id"]]
+            job = batch.element(task) if batch.job else "being submitted"
         return Run(
             run_id=row["run_id"],
             label=row["label"],
@@ -135,6 +140,7 @@ class Reader:
             left_s=left,
             host=status.get("host") if here else None,
             pid=status.get("pid") if here else None,
+            job=job,
         )
 
     def _stage(self, name: str, held: list[tuple[Row, Row, Run]]) -> Stage:
@@ -152,7 +158,7 @@ class Reader:
         to_do = sum(
             (row["flops_total"] or 0.0) * (1 - behind.get(row["run_id"], 0.0))
             for row, _, run in held
-            if run.state in ("running", "pending", "lost")
+            if run.state in ("running", "queued", "pending", "lost")
         )
         at_work = sum(run.state == "running" for _, _, run in held)
         return Stage(
@@ -224,7 +230,8 @@ def table(snapshot: Snapshot) -> RenderableType:
         for run in running[:SHOWN]:
             step = f"{run.step} of {run.steps}" if run.steps else ""
             again = f", attempt {run.attempt}" if (run.attempt or 1) > 1 else ""
-            now.add_row(run.run_id, run.label, step, clock(run.left_s), f"{run.host} {run.pid}{again}")
+            where = f"{run.host}, job {run.job}" if run.job else f"{run.host} {run.pid}"
+            now.add_row(run.run_id, run.label, step, clock(run.left_s), f"{where}{again}")
         parts.append(now)
         if len(running) > SHOWN:
             parts.append(f"... and {len(running) - SHOWN} more")
@@ -252,7 +259,10 @@ def why(study: Path, row: Row, run: Run) -> list[str]:
     lines = [f"{run.run_id}: {run.label}", f"state: {run.state}{f', {run.reason}' if run.reason else ''}"]
     if holder is not None:
         gone = "" if holder.alive else ", gone: the next launch takes the run over"
-        lines.append(f"held by: process {holder.pid} on {holder.host}, attempt {holder.attempt}{gone}")
+        where = f" (job {holder.job})" if holder.job else ""
+        lines.append(f"held by: process {holder.pid} on {holder.host}{where}, attempt {holder.attempt}{gone}")
+    if run.state == "queued":
+        lines.append(f"to be done by: job {run.job}")
     for source in row["upstream"] or ():
         lines.append(f"needs: {source}, {rundir.status(study, source.partition('@')[0])['state']}")
     if spent := status.get("spent"):
@@ -261,7 +271,7 @@ def why(study: Path, row: Row, run: Run) -> list[str]:
     for event in _events(study, row["run_id"]):
         told = {key: value for key, value in event.items() if key not in ("time", "event", "attempt")}
         about = ", ".join(f"{key} {value}" for key, value in told.items() if isinstance(value, str | int | float))
-        lines.append(f"{event['time']}  attempt {event.get('attempt', '?')}  {event['event']}  {about}".rstrip())
+        lines.append(f"{event.get('time')}  attempt {event.get('attempt', '?')}  {event['event']}  {about}".rstrip())
     if trace := status.get("traceback"):
         lines += ["", trace.rstrip()]
     log = rundir.log_file(study, row["run_id"])
@@ -271,7 +281,7 @@ def why(study: Path, row: Row, run: Run) -> list[str]:
 def _events(study: Path, run_id: str) -> list[Row]:
     """The journal without what training reports every few steps."""
     try:
-        lines = rundir.journal_file(study, run_id).read_text().splitlines()
+        lines = rundir.journal_file(study, run_id).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     events = []
@@ -280,7 +290,7 @@ def _events(study: Path, run_id: str) -> list[Row]:
             event = json.loads(line)
         except ValueError:  # cut off by a kill
             continue
-        if event.get("event") != "record":
+        if isinstance(event, dict) and event.get("event", "record") != "record":
             events.append(event)
     return events
 
@@ -299,9 +309,11 @@ def tail(study: Path, run_id: str, count: int) -> list[str]:
 
 def watch(reader: Reader) -> None:
     """Show the table until nothing is left to do, or Ctrl-C."""
+    from rich.console import Console
     from rich.live import Live
 
-    with Live(table(reader.look()), refresh_per_second=4) as live:
+    # a label, or the name of a folder, may look like markup
+    with Live(table(reader.look()), console=Console(markup=False), refresh_per_second=4) as live:
         while (snapshot := reader.look()).open:
             live.update(table(snapshot))
             time.sleep(REFRESH_S)
@@ -323,6 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         return _show(rundir.find(options.study), options)
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or options.study}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0
@@ -349,7 +364,7 @@ def _show(study: Path, options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else 140).print(table(snapshot), highlight=False, markup=False)
+        Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table(snapshot), highlight=False)
     return 0
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sweep import arrow, rundir
+from sweep import arrow, rundir, source
 from sweep.schema import CURRENT, CURVES, DISTINCT, IMAGES, PLAN, RUNS, TABLES, VERSION, schema
 
 __all__ = ["CURVES", "IMAGES", "PLAN", "RUNS", "TABLES", "VERSION", "Writer", "compact", "current", "schema", "verify"]
@@ -115,14 +115,15 @@ def _stream(
     study: Path, path: Path, kind: pa.Schema, rows: Iterator[pa.Table], meta: Callable[[], Mapping[str, str]]
 ) -> None:
     """Write tables to one file, gathered into row groups of a fair size; ``meta`` is asked after the last of them."""
-    footer = {"version": str(VERSION), "commit": rundir.provenance()["commit"] or ""}
+    footer = {"version": str(VERSION), "commit": source.provenance()["commit"] or ""}
     rundir.staging(study).mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, staged = tempfile.mkstemp(dir=rundir.staging(study), prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o644)
-            with pq.ParquetWriter(file, kind.with_metadata(footer), compression="zstd") as writer:
+            kind = kind.with_metadata(footer)
+            with pq.ParquetWriter(file, kind, compression="zstd", write_page_checksum=True) as writer:
                 held: list[pa.Table] = []
                 gathered = 0
                 for table in rows:
@@ -152,7 +153,8 @@ def plan(
     rundir.check_version(study, VERSION)
     path = rundir.plan_file(study)
     try:
-        held = pq.ParquetFile(path).read(list(columns))
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            held = file.read(list(columns))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise Damaged(f"{path}: cannot be read ({_line(error)}); plan the study again") from None
     if run_ids is not None:
@@ -172,7 +174,7 @@ def read(path: Path, table: str) -> pa.Table:
     """One part, all columns of the schema (null where it has none); ``Damaged`` names file and reason."""
     wanted = schema(table)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             footer = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
             if (version := footer.get("version")) != str(VERSION):
                 raise Damaged(f"{path}: schema version: got {version}; allowed: {VERSION}")
@@ -186,7 +188,7 @@ def read(path: Path, table: str) -> pa.Table:
             held[field.name].cast(field.type) if field.name in names else pa.nulls(held.num_rows, field.type)
             for field in wanted
         ]
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise Damaged(f"{path}: cannot be read ({_line(error)})") from None
     return pa.Table.from_arrays(columns, schema=wanted)
 
@@ -315,18 +317,9 @@ def _digest(path: Path) -> str | None:
     return held.decode() if held else None
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweep.tables", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=("verify", "compact"))
-    parser.add_argument("study", help="results/<study>, or the study's name")
-    parser.add_argument("--quarantine", action="store_true", help="verify: move damaged parts out of the tables")
-    arguments = parser.parse_args(argv)
-    try:
-        study = rundir.find(arguments.study)
-        rundir.check_version(study, VERSION)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+def _run(arguments: argparse.Namespace) -> int:
+    study = rundir.find(arguments.study)
+    rundir.check_version(study, VERSION)
     problems = verify(study) if arguments.command == "verify" else compact(study)
     for problem in problems:
         print(f"{os.path.relpath(problem.path)}: {problem.what}", file=sys.stderr)
@@ -338,6 +331,21 @@ def main(argv: list[str] | None = None) -> int:
     count = sum(len(parts(study, table)) for table in CURRENT)
     print(f"{arguments.study}: {count} parts, {len(problems)} problems")
     return 1 if problems else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sweep.tables", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=("verify", "compact"))
+    parser.add_argument("study", help="results/<study>, or the study's name")
+    parser.add_argument("--quarantine", action="store_true", help="verify: move damaged parts out of the tables")
+    arguments = parser.parse_args(argv)
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename or arguments.study}: {error.strerror or error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

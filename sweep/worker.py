@@ -3,9 +3,10 @@
     python -m sweep.worker g0123456789ab                 # one run in the foreground, for debugging
     python -m sweep.worker g0123456789ab --results DIR   # DIR holds studies, or is one
 
-Signals only set a flag, which is read between steps: the run saves, ends as ``cancelled`` and is resumed by the
-next launch. A failed run has its traceback in ``status.json``, and the process goes on with the next one. Nothing
-heavy is imported before there is a run to work on.
+Signals only set a flag, which is read between steps: the run saves, ends as ``cancelled`` (or ``interrupted``, where
+its job goes on later) and is resumed. A failed run has its traceback in ``status.json``, and the process tries it
+again where the policy of its failure says so, or goes on with the next one. Nothing heavy is imported before there is
+a run to work on.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ import argparse
 import contextlib
 import gc
 import json
-import os
-import socket
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from models import config as families
-from sweep import failures, identity, rundir, tables
+from sweep import failures, identity, ledger, rundir, tables
 from sweep.attempt import Attempt, Ended, Stop, reset_peaks
 
 if TYPE_CHECKING:
+    from models.checkpoint import Checkpoints
     from models.data import CodeCache, Images
+    from models.training import Outcome
+
+Record = Callable[[int, int, dict[str, float], int | None], None]
 
 # --- what to build -----------------------------------------------------------------------------------------------
 
@@ -69,25 +71,28 @@ def codes_of(study: Path, checkpoint: str, config: dict[str, Any]) -> Path:
 # --- stages ------------------------------------------------------------------------------------------------------
 
 
+class Team(Protocol):
+    """The other processes of this job, where a run is trained by several (sweep.ranks)."""
+
+    def gather(self, attempt: Attempt) -> None:
+        """Let them train this attempt too; returns when all have met."""
+
+    def dismiss(self) -> None:
+        """Let them wait for the next one."""
+
+    def blame(self) -> Ended | None:
+        """How another of them failed, if one did."""
+
+
 def train(attempt: Attempt) -> Ended:
     """Train a run to its points; a tokenizer then encodes the images that generators train on."""
-    import torch
-
     from models import checkpoint, data, training
 
     config, study = attempt.config, attempt.study
-    folder = rundir.run_folder(study, attempt.run_id)
     recipe = families.Recipe(**config["recipe"])
     points, plan = tuple(config["points"]), config["plan"]
     total = families.steps_paid(points, recipe)
-
-    torch.manual_seed(training.mixed(config["seed"], "weights"))
-    module = module_of(config, config["stage"])
-    source = data_of(config).build()
-    stream = source
-    if config["stage"] == "generator":
-        stream = data.CodeCache(codes_of(study, config["upstream"]["tokenizer"], config))
-    checkpoints = checkpoint.Checkpoints(folder / "ckpt", folder / "points", attempt.save)
+    checkpoints = checkpoints_of(attempt)
 
     def record(step: int, trained: int, metrics: dict[str, float], point: int | None) -> None:
         attempt.steps, attempt.train_s = trained, time.monotonic() - began
@@ -105,17 +110,13 @@ def train(attempt: Attempt) -> Ended:
         return [point for point in points if checkpoints.has_point(point)]
 
     began = time.monotonic()
-    outcome = training.train(
-        module,
-        stream,
-        recipe,
-        points,
-        seed=config["seed"],
-        runtime=attempt.runtime,
-        checkpoints=checkpoints,
-        record=record,
-        should_stop=attempt.should_stop,
-    )
+    if attempt.team is not None:
+        attempt.team.gather(attempt)
+    try:
+        outcome, module, source = fit(attempt, checkpoints, record)
+    finally:
+        if attempt.team is not None:
+            attempt.team.dismiss()
     attempt.steps, attempt.train_s = outcome.steps, outcome.seconds
     attempt.claim.update(points=saved(), steps=total)
     if outcome.state != "done":
@@ -132,6 +133,40 @@ def train(attempt: Attempt) -> Ended:
         cache = data.encode(module.eval(), source, target, seed=0, batch=batch, device=device)
         attempt.note("encoded", point=point, **cache.manifest["splits"])
     return Ended("done")
+
+
+def checkpoints_of(attempt: Attempt) -> Checkpoints:
+    from models import checkpoint
+
+    folder = rundir.run_folder(attempt.study, attempt.run_id)
+    return checkpoint.Checkpoints(folder / "ckpt", folder / "points", attempt.save)
+
+
+def fit(attempt: Attempt, checkpoints: Checkpoints, record: Record) -> tuple[Outcome, Any, Images]:
+    """Build and train the module of a run, on every rank alike; also the images that it or its tokenizer sees."""
+    import torch
+
+    from models import data, training
+
+    config, study = attempt.config, attempt.study
+    torch.manual_seed(training.mixed(config["seed"], "weights"))
+    module = module_of(config, config["stage"])
+    source = data_of(config).build()
+    stream = source
+    if config["stage"] == "generator":
+        stream = data.CodeCache(codes_of(study, config["upstream"]["tokenizer"], config))
+    outcome = training.train(
+        module,
+        stream,
+        families.Recipe(**config["recipe"]),
+        tuple(config["points"]),
+        seed=config["seed"],
+        runtime=attempt.runtime,
+        checkpoints=checkpoints,
+        record=record,
+        should_stop=attempt.should_stop,
+    )
+    return outcome, module, source
 
 
 def measure(attempt: Attempt) -> Ended:
@@ -217,8 +252,6 @@ STAGES: dict[str, Callable[[Attempt], Ended]] = {
     "evaluation": measure,
 }
 
-AGAIN_S = 1.0  # for the launch to open a failed run again, so that this process can take it
-
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -249,11 +282,17 @@ def blocked(study: Path, stage: str, upstream: Iterable[str]) -> Blocked | None:
 
 
 def work(
-    study: Path, run_id: str, stop: Stop, threads: int | None = None, siblings: Container[str] = frozenset()
+    study: Path,
+    run_id: str,
+    stop: Stop,
+    threads: int | None = None,
+    siblings: Container[str] = frozenset(),
+    team: Team | None = None,
 ) -> str:
     """Bring one run to an end: its state; ``over`` when nothing is to do.
 
-    ``held`` when somebody else has it, ``early`` when it is built on one of ``siblings`` that is still to come.
+    ``held`` when somebody else has it, ``early`` when it is built on one of ``siblings`` that is still to come,
+    ``again`` when it failed and is to be tried once more here, ``elsewhere`` when another job has to do that.
     """
     config = rundir.config(study, run_id)
     runtime = families.Runtime(**config["runtime"])
@@ -269,22 +308,20 @@ def work(
     if not _open(study, config):
         return "over"
     if why := blocked(study, config["stage"], config["upstream"].values()):
-        if why.run_id in siblings and rundir.status(study, why.run_id)["state"] in ("planned", "running"):
+        if why.run_id in siblings and rundir.status(study, why.run_id)["state"] not in rundir.FINAL:
             return "early"
         rundir.mark(study, run_id, "blocked", why.reason, diverged_upstream=why.diverged)
         return "blocked"
     if (claim := rundir.claim(study, run_id)) is None:
         return "held"
-    try:
-        if not _open(study, config):  # it ended between the look and the claim
-            return "over"
-        with _beating(claim):
-            return _attempt(Attempt(study, config, claim, stop, runtime))
-    except rundir.Superseded as error:
-        print(error, file=sys.stderr)
-        return "superseded"
-    finally:
-        claim.release()
+    with claim.held():
+        try:
+            if not _open(study, config):  # it ended between the look and the claim
+                return "over"
+            return _attempt(Attempt(study, config, claim, stop, runtime, team))
+        except rundir.Superseded as error:
+            print(error, file=sys.stderr)
+            return "superseded"
 
 
 def _open(study: Path, config: dict[str, Any]) -> bool:
@@ -294,94 +331,108 @@ def _open(study: Path, config: dict[str, Any]) -> bool:
 
 def _attempt(attempt: Attempt) -> str:
     """Run the stage; whatever it raises becomes the run's outcome."""
-    import torch
-
-    torch.set_num_threads(attempt.runtime.threads)
+    limit_threads(attempt.runtime)
     reset_peaks()
-    trace = None
-    attempt.claim.update(state="running", reason=None, traceback=None, host=socket.gethostname(), pid=os.getpid())
-    attempt.note("started", host=socket.gethostname(), pid=os.getpid(), threads=attempt.runtime.threads)
+    here = {name: value for name, value in rundir.myself().items() if name in ("host", "pid", "job")}
+    if (why := attempt.begin(**here)) is not None:
+        attempt.end(why)
+        return why.state
+    attempt.note("started", threads=attempt.runtime.threads, **here)
+    trace: str | None = None
+    fields: dict[str, Any] = {}
     try:
         ended = STAGES[attempt.config["stage"]](attempt)
+        if ended.state == "cancelled" and attempt.stop.kind in failures.POLICY and not attempt.claim.cancelled():
+            ended = Ended("interrupted", f"{attempt.stop.kind}: {ended.reason}")
     except rundir.Superseded:
         raise
     except Exception as error:
-        kind = failures.classify(error)
-        line = str(error).strip().splitlines()
-        ended = Ended("failed", f"{kind}: {type(error).__name__}: {line[0] if line else ''}")
-        trace = traceback.format_exc()
+        ended, trace = failed(error), traceback.format_exc()
         print(trace, file=sys.stderr)
-        if failures.POLICY[kind].stops_study:
-            attempt.stop.spread(ended.reason or kind)
-    attempt.end(ended, trace)
+        if attempt.team is not None:
+            ended = attempt.team.blame() or ended
+    outcome: str = ended.state
+    if trace is not None:
+        outcome, fields = attempt.retry(ended)
+    attempt.end(ended, trace, **fields)
     if trace is not None:  # the exception is gone, and with it what its frames held of the device: let the next have it
+        import torch
+
         gc.collect()
         torch.cuda.empty_cache()  # raises where the device is beyond use, which ends this process
-    return ended.state
+    return outcome
 
 
-@contextlib.contextmanager
-def _beating(claim: rundir.Claim) -> Iterator[None]:
-    """Give signs of life for a claim while the block runs."""
-    over = threading.Event()
+def limit_threads(runtime: families.Runtime) -> None:
+    """Compute with as many threads as the plan says: another number gives other bits."""
+    import torch
 
-    def beat() -> None:
-        while not over.wait(rundir.BEAT_S):
-            claim.beat()
+    torch.set_num_threads(runtime.threads)
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+
+def failed(error: Exception) -> Ended:
+    """A failure in one line: its class, and what was raised."""
+    line = str(error).strip().splitlines()
+    return Ended("failed", f"{failures.classify(error)}: {type(error).__name__}: {line[0] if line else ''}")
+
+
+# --- many runs ---------------------------------------------------------------------------------------------------
 
 
 def serve(
-    study: str, groups: Sequence[Sequence[str]], launch: str, threads: int | None, device: str | None = None
-) -> None:
-    """Work off runs until none is left that this process could take; what a launched process does.
+    study: Path,
+    groups: Sequence[Sequence[str]],
+    stop: Stop,
+    threads: int | None = None,
+    notes: Path | None = None,
+    team: Team | None = None,
+) -> bool:
+    """Work off runs until none is left that this process could take; False when another one has to go on.
 
     The list is shared with other processes: whoever claims a run first has it. Runs of a group (evaluations of one
-    checkpoint) stay together, so that what they load is loaded once. ``launch`` is the folder of the launch: the
-    process registers there and stops when a file ``stop`` appears. ``device`` is the one GPU that it may see.
+    checkpoint) stay together, so that what they load is loaded once. ``notes`` is where ends are written down, so that
+    all stop when the first ones fail alike (sweep.ledger).
     """
-    if device is not None:  # here and not by submitit, which knows numbers only and no names of parts of a GPU
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
-    folder, here = Path(launch), Path(study)
-    with contextlib.suppress(PermissionError):  # a leader of a session already
-        os.setsid()  # Ctrl-C in a terminal is the launcher's business
-    stop = Stop(folder / "stop")
-    stop.listen()
-    rundir.atomic_write(here, folder / f"worker-{os.getpid()}.json", rundir.myself())
     over: set[str] = set()
     siblings = frozenset(run_id for group in groups for run_id in group)
     while not stop():
-        before, failed = len(over), False
+        before = len(over)
+        again = False
         for group in groups:
             for run_id in group:
                 if run_id in over or stop():
                     continue
-                outcome = _logged(here, run_id, stop, threads, siblings)
+                outcome = _logged(study, run_id, stop, threads, siblings, team)
+                if outcome == "elsewhere" or (team is not None and outcome == "failed"):  # its ranks are out of step
+                    return False
                 if outcome == "held":
                     break
-                if outcome == "failed":
-                    failed = True
-                elif outcome != "early":
+                again = again or outcome == "again"
+                if outcome not in ("again", "early"):
                     over.add(run_id)
-        if failed:
-            time.sleep(AGAIN_S)
-        elif len(over) == before:
-            return
+                if notes is not None and outcome in ("done", "diverged", "failed"):
+                    _note(study, run_id, notes, stop)
+        if not again and len(over) == before:
+            break
+    return True
 
 
-def _logged(study: Path, run_id: str, stop: Stop, threads: int | None, siblings: Container[str]) -> str:
+def _note(study: Path, run_id: str, notes: Path, stop: Stop) -> None:
+    """Write down how a run ended; stop those that are like it when the first ones failed alike."""
+    status = rundir.status(study, run_id)
+    source = rundir.config(study, run_id).get("checkpoint") or run_id
+    if why := ledger.note(notes, source, status["state"], status["reason"]):
+        stop.spread(why, notes / "stop")
+
+
+def _logged(
+    study: Path, run_id: str, stop: Stop, threads: int | None, siblings: Container[str], team: Team | None
+) -> str:
     """``work`` with its output in the run's own log."""
     log = rundir.log_file(study, run_id)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        return work(study, run_id, stop, threads, siblings)
+        return work(study, run_id, stop, threads, siblings, team)
 
 
 # --- one run in the foreground -----------------------------------------------------------------------------------

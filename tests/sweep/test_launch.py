@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from sweep import launch, plan, rundir, slots, tables, worker
+from sweep import launch, ledger, plan, rundir, slots, tables, watch, worker
 from sweep.attempt import Stop
 
 ROOT = Path(launch.__file__).parents[1]
@@ -125,7 +127,7 @@ def test_a_stamp_lists_outcomes_and_nothing_of_submitit_is_left(launched):
     assert rundir.stamp_file(launched, "evaluation", "tokenizer").exists()
     folder = rundir.launches_folder(launched)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["code"]  # what ran
 
 
 def test_a_second_call_returns_at_once_with_one_line(launched):
@@ -339,30 +341,28 @@ def test_a_launch_stops_when_its_first_runs_fail_alike(tmp_path):
     assert not rundir.stamp_file(study, "tokenizer").exists()
 
 
-def watched(study: Path, stage: str, **more: Any) -> launch.Launch:
+def watched(study: Path, stage: str) -> slots.Local:
     """A launch of a stage as it stands, without any process."""
     rows = launch.select(study, stage, None)
     configs = {row["run_id"]: json.loads(row["config"]) for row in tables.plan(study, ["run_id", "config"])}
-    return launch.Launch(study, rows, configs, slots.Slots(study, configs.values(), options()), **more)
+    return slots.Local(study, rows, configs, folder_of(study), options())
+
+
+def folder_of(study: Path) -> Path:
+    folder = rundir.launches_folder(study) / "x"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def test_evaluations_of_one_checkpoint_are_one_failure(tmp_path):
-    study = planned(tmp_path)
-    by_checkpoint: dict[str, list[str]] = {}
-    for row in launch.select(study, "evaluation", None):
-        by_checkpoint.setdefault(row["checkpoint"], []).append(row["run_id"])
-    first, *others = by_checkpoint.values()
-    held = watched(study, "evaluation")
-    for run_id in [*first, *others[0]]:
-        rundir.mark(study, run_id, "failed", "code: x")
-    held.look()
-    assert len(held.outcomes) >= launch.ALIKE
-    assert held.hopeless() is None
-    rundir.mark(study, others[1][0], "failed", "code: x")
-    held.look()
-    assert "failed alike, code: x" in str(held.hopeless())
-    held.keep_going = True
-    assert held.hopeless() is None
+    told = [ledger.note(tmp_path, source, "failed", "code: x") for source in ("t1@5", "t1@5", "t1@10", "t2@5")]
+    assert told == [None, None, None, "the first 3 runs failed alike, code: x"]
+
+
+@pytest.mark.parametrize(("state", "reason"), [("done", None), ("diverged", "loss nan"), ("failed", "code: y")])
+def test_one_other_end_shows_that_not_all_fail_alike(tmp_path, state, reason):
+    assert ledger.note(tmp_path, "t0", state, reason) is None
+    assert [ledger.note(tmp_path, f"t{number}", "failed", "code: x") for number in range(1, 6)] == [None] * 5
 
 
 def test_a_run_that_was_blocked_by_one_that_is_tried_again_is_open(tmp_path):
@@ -394,11 +394,35 @@ def test_a_retry_that_is_asked_for_starts_at_full_size(tmp_path):
 @pytest.mark.usefixtures("still")
 def test_runs_that_were_planned_for_more_devices_than_they_get_are_named(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(globals(), "GRID", GRID.replace("run: {{", "run: {{devices: 8, "))
+        patched.setitem(globals(), "GRID", GRID.replace("run: {{", "run: {{devices: 64, "))
         study = planned(tmp_path)
     with pytest.raises(AssertionError, match="started on"):
         launch.main([str(study), "--stage", "tokenizer"])
-    assert "tokenizer: planned for up to 8 devices a run" in capsys.readouterr().err
+    assert "they were planned for up to 64 devices each and get one" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(600)
+def test_a_run_on_two_devices_is_two_processes_with_one_record(tmp_path):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(globals(), "GRID", GRID.replace("run: {{", "run: {{devices: 2, "))
+        study = planned(tmp_path)
+    command = [sys.executable, "-m", "sweep.launch", str(study), "--stage", "tokenizer", "--cores", "2"]
+    done_ = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done_.returncode == 0, done_.stderr
+    assert "1 x 2 processes of 1 threads" in done_.stdout
+    (tmp_path / "alone").mkdir()
+    alone = planned(tmp_path / "alone")
+    for run_id in runs(study, "tokenizer"):
+        rundir.register(alone, json.loads(tables.plan(alone, ["run_id", "config"], [run_id])[0]["config"]))
+        assert worker.work(alone, run_id, Stop()) == "done"
+        assert [event["event"] for event in events(study, run_id)].count("started") == 1
+        mine, other = (
+            load_file(rundir.point_file(held, run_id, 10).parent / "point.safetensors") for held in (study, alone)
+        )
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
+    assert not tables.verify(study)
 
 
 @pytest.mark.usefixtures("still")
@@ -482,9 +506,9 @@ def test_work_is_ordered_longest_first_with_checkpoints_together():
     def row(run_id: str, flops: float, checkpoint: str | None = None) -> dict[str, Any]:
         return {"run_id": run_id, "flops_total": flops, "checkpoint": checkpoint}
 
-    assert launch.groups([row("a", 1.0), row("b", 3.0), row("c", 2.0)]) == [["b"], ["c"], ["a"]]
+    assert watch.groups([row("a", 1.0), row("b", 3.0), row("c", 2.0)]) == [["b"], ["c"], ["a"]]
     held = [row("a", 2.0, "g@1"), row("b", 3.0, "g@2"), row("c", 2.0, "g@1")]
-    assert launch.groups(held) == [["a", "c"], ["b"]]
+    assert watch.groups(held) == [["a", "c"], ["b"]]
 
 
 def test_a_large_finished_study_costs_seconds(tmp_path, capsys):
@@ -503,7 +527,7 @@ def test_a_large_finished_study_costs_seconds(tmp_path, capsys):
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    values = {"cluster": "local", "threads_per_slot": None, "cores": None, "slots": None}
+    values = {"threads_per_slot": None, "cores": None, "slots": None, "keep_going": False}
     return argparse.Namespace(**(values | changes))
 
 
@@ -522,20 +546,21 @@ def options(**changes: Any) -> argparse.Namespace:
         (1, "auto", "-1", {"cores": 2}, (2, 1, [])),
         (1, "cpu", "0,1", {"cores": 4}, (4, 1, [])),
         (1, "cuda", "0", {"cores": 4, "slots": 3}, (3, 1, ["0"])),
+        (1, "cuda", "0,1", {"cores": 4, "pack": 3}, (6, 1, ["0", "1"])),  # three share each
     ],
 )
 def test_slots_divide_devices_or_cores(tmp_path, monkeypatch, threads, device, visible, changes, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(slots, "_cores", lambda: 8)
-    configs = [{"runtime": {"threads": threads, "device": device}}]
-    held = slots.Slots(tmp_path / "study", configs, options(**changes))
+    configs = [{"runtime": {"threads": threads, "device": device, "pack": changes.pop("pack", None)}}]
+    held = slots.Slots(tmp_path / "study", configs, tmp_path, options(**changes))
     assert (held.count, held.width, held.devices) == expected
 
 
 def test_a_process_gets_the_device_that_is_free(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     configs = [{"runtime": {"threads": 1, "device": "cuda"}}]
-    held = slots.Slots(tmp_path / "study", configs, options())
+    held = slots.Slots(tmp_path / "study", configs, tmp_path, options())
     over = [argparse.Namespace(done=lambda ended=ended: ended) for ended in (False, True)]
     assert held.free() == "GPU-a"
     held.jobs, held.given = over, ["GPU-a", "GPU-b"]  # the second died
@@ -548,8 +573,8 @@ def test_a_process_sees_its_device_alone(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     code = f"""
 import os
-from sweep import worker
-worker.serve({str(study)!r}, [], {str(folder)!r}, None, "MIG-7c/1/0")
+from sweep import slots
+slots.serve({str(study)!r}, [], {str(folder)!r}, None, "MIG-7c/1/0", True)
 print(os.environ["CUDA_VISIBLE_DEVICES"])
 """
     command = [sys.executable, "-c", code]
@@ -598,7 +623,7 @@ def test_a_run_survives_kills_cancels_and_ctrl_c_bit_for_bit(tmp_path, tidy):
     first = launcher(study)
     waited(lambda: trained(study, run, 1))
     os.kill(rundir.status(study, run)["pid"], signal.SIGKILL)
-    waited(lambda: rundir.status(study, run).get("lost") == 1, seconds=10)
+    waited(lambda: rundir.status(study, run).get("retries") == {"lost": 1}, seconds=10)
     waited(lambda: trained(study, run, 2))
 
     # somebody cancels from another terminal
@@ -648,9 +673,7 @@ def test_two_launches_at_once_run_nothing_twice(tmp_path, tidy):
 def test_a_run_that_loses_its_worker_twice_has_failed(tmp_path):
     study = planned(tmp_path, seeds="[0]")
     (run,) = runs(study, "tokenizer")
-    (row,) = launch.select(study, "tokenizer", None)
-    config = json.loads(tables.plan(study, ["run_id", "config"], [run])[0]["config"])
-    rundir.register(study, config)
+    rundir.register(study, json.loads(tables.plan(study, ["run_id", "config"], [run])[0]["config"]))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for lost in (1, 2):
@@ -659,14 +682,15 @@ def test_a_run_that_loses_its_worker_twice_has_failed(tmp_path):
         claim.update(state="running")
         record = claim.folder / "holder.json"
         record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": gone.pid}))
-        held = launch.Launch(study, [row], {run: config}, slots.Slots(study, [config], options(slots=1, cluster=lost)))
+        held = watched(study, "tokenizer")
+        held.stopping = True  # nothing is to be started
         held.look()
+        held.tend()
         held.look()
         status = rundir.status(study, run)
         assert (status["state"], run in held.pending) == (("planned", True) if lost == 1 else ("failed", False))
         with pytest.raises(rundir.Superseded):
             claim.guard()  # the dead may come back
-        held.slots.close(keep=False)
     assert status["reason"] == f"lost: its worker died (pid {gone.pid} on {rundir.myself()['host']}), 2 times"
     (part,) = tables.parts(study, "runs")
     (ended,) = tables.read(part, "runs").to_pylist()

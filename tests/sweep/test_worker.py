@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from models import checkpoint
 from sweep import failures, identity, plan, rundir, tables, worker
 from sweep.attempt import Attempt, Ended, Stop
 
@@ -434,9 +435,25 @@ def test_failures_are_told_apart():
     assert failures.classify(host) == "oom_host"
     assert failures.classify(torch.distributed.DistBackendError("NCCL timeout")) == "comms"
     assert failures.classify(ValueError("lr: got -1")) == "input"
-    assert failures.classify(FileNotFoundError("data")) == "input"
+    assert failures.classify(FileNotFoundError("data")) == "data"
     assert failures.classify(ZeroDivisionError()) == "code"
-    assert {"storage", "oom_gpu", "oom_host", "comms", "input", "code", "lost"} == failures.POLICY.keys()
+    assert failures.classify(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")) == "comms"
+    assert failures.classify(checkpoint.Damaged("point.safetensors: its checksum is not the recorded one")) == "data"
+    assert failures.classify(RuntimeError("CUDA error: uncorrectable ECC error encountered")) == "node"
+    named = {
+        "preempted",
+        "timeout",
+        "oom_gpu",
+        "oom_host",
+        "node",
+        "comms",
+        "storage",
+        "submit",
+        "data",
+        "code",
+        "lost",
+    }
+    assert named | {"input"} == failures.POLICY.keys()
 
 
 def test_half_of_a_batch_divides_it():
