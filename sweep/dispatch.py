@@ -48,7 +48,7 @@ class Cluster(Watch):
         super().__init__(study, rows, configs, folder)
         self.where = request.site(options.slurm)
         self.poll_s, self.alike, self.stage = options.poll_s, not options.keep_going, options.stage
-        self.most, self.longest_min, self.gpus = _limits(self.where)
+        self.most, self.there = _limits(self.where)
         self.queue = batches.Queue()
         self.open: list[Batch] = []
         self.past = {batch.name for batch in batches.opened(study) if batch.stopped}  # they concern us no more
@@ -246,9 +246,9 @@ class Cluster(Watch):
                 self.configs[group[0]],
                 rundir.status(self.study, group[0]),
             )
-            asked = request.of(rows[0], config, status, self.where, self.gpus, self.longest_min)
+            asked = request.of(rows[0], config, status, self.where, self.there)
             held.append((rows, asked, Runtime(**config["runtime"])))
-        planned = list(self.plan(request.packed(held, self.where, self.longest_min)))
+        planned = list(self.plan(request.packed(held, self.where, self.there)))
         standing = [batch for batch in self.open if batch.name not in self.past]
         used = sum(min(batch.request["parallel"], batch.tasks - len(batch.ended)) for batch in standing)
         parallel = max(1, self.where.parallel - used)
@@ -409,12 +409,12 @@ def _runs(packs: Iterable[Pack]) -> list[str]:
     return [run_id for pack in packs for group in pack for run_id in group]
 
 
-def _limits(where: request.Site) -> tuple[int, int | None, bool]:
-    """Tasks of one array, minutes of one job, and whether the partition has GPUs; ValueError without a cluster."""
-    config, failed = slurm.configuration()
-    longest, gpus, silent = slurm.partition(where.partition)
+def _limits(where: request.Site) -> tuple[int, slurm.Partition]:
+    """Tasks of one array, and what the partition has; ValueError without a cluster."""
+    config, silent = slurm.configuration()
+    there, hidden = slurm.partition(where.partition)  # without an answer, runs that want a GPU would go without
     lacking = [f"{command}: not found" for command in ("sbatch", "srun") if shutil.which(command) is None]
-    if failed := next(filter(None, (*lacking, failed, silent)), None):
+    if failed := next(filter(None, (*lacking, silent, hidden)), None):
         raise ValueError(f"--cluster slurm: {failed}; allowed: where sbatch works (python -m sweep.doctor says more)")
     most = config.get("MaxArraySize", "")
-    return max(1, int(most)) if most.isdecimal() else 1000, longest, gpus
+    return max(1, int(most)) if most.isdecimal() else 1000, there

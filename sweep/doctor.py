@@ -106,7 +106,11 @@ def arrays(site: Site) -> Iterator[Finding]:
 
 def requeue(site: Site) -> Iterator[Finding]:
     if site.config.get("JobRequeue") == "0":
-        yield Finding("note", "JobRequeue", "Jobs are not requeued unless they ask for it (JobRequeue 0).")
+        sentence = (
+            "Jobs are not requeued unless they ask for it (JobRequeue 0). Those of sweep.launch do; where that is "
+            "forbidden, say requeue=no, and the tasks of an array go on with each other's runs."
+        )
+        yield Finding("note", "JobRequeue", sentence, "set-resources: {generator: {launch: requeue=no}}")
     elif "JobRequeue" in site.config:
         yield Finding("good", "JobRequeue", "Jobs may be requeued.")
 
@@ -116,7 +120,9 @@ def preemption(site: Site) -> Iterator[Finding]:
     if not kind or kind.endswith("none"):
         return
     mode = site.config.get("PreemptMode", "?")
-    if "preempt_send_user_signal" in site.config.get("PreemptParameters", ""):
+    # older versions have it among the controller's parameters, under a longer name
+    announced = "send_user_signal" in site.config.get("PreemptParameters", "")
+    if announced or "preempt_send_user_signal" in site.config.get("SlurmctldParameters", ""):
         yield Finding(
             "good", "preemption", f"Preemption by {kind} ({mode}) announces itself by a signal: runs save first."
         )

@@ -9,30 +9,25 @@ A task ends well (0) when all runs of its pack did, so that Slurm says COMPLETED
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sweep import batches, ranks, rundir, slurm, worker
 from sweep.attempt import Stop, abandoned
 from sweep.batches import Batch
+from sweep.sharing import sharing
 
 TICK_S = 0.2
 KEEP_S = 15.0  # of the warning time, for asking Slurm to put the job back into the queue
 EARLY_S = 60.0  # by which Slurm may send the warning before its time
 DEATHS = 5  # of processes at work, in a row without a run that ended, after which the job gives up
-MPS = "nvidia-cuda-mps-control"
 ELSEWHERE = 75  # exit code of a process that leaves a run to another job
 
 
@@ -211,18 +206,3 @@ def _out_of_memory() -> bool:
     except OSError:
         return False
     return any(line.split()[0] == "oom_kill" and int(line.split()[1]) > 0 for line in events.splitlines())
-
-
-@contextlib.contextmanager
-def sharing(size: int) -> Iterator[None]:
-    """Let processes compute on one GPU at the same time, where NVIDIA's MPS is there; without it they take turns."""
-    if size < 2 or not os.environ.get("CUDA_VISIBLE_DEVICES") or shutil.which(MPS) is None:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="mps-") as folder:  # of this node; a socket's path has to be short
-        os.environ.update(CUDA_MPS_PIPE_DIRECTORY=folder, CUDA_MPS_LOG_DIRECTORY=folder)  # for the processes to come
-        subprocess.run([MPS, "-d"], check=True, capture_output=True, text=True)
-        try:
-            yield
-        finally:
-            subprocess.run([MPS], input="quit\n", capture_output=True, text=True)

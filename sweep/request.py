@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from models.config import Runtime
 from sweep.batches import Pack
+from sweep.slurm import Partition
 from sweep.watch import Row
 
 # One line, and nothing that could end a quoted word: these go into a script.
@@ -24,7 +25,8 @@ OURS = frozenset(
 )
 TIMES_MIN = (15, 30, 60, 120, 240, 480, 720, 1440, 2880, 4320, 10080)
 SPARE_MIN = 10.0  # for imports, data and the last checkpoint
-HOST_GIB = 16.0  # of host memory for a process that works on a GPU
+HOST_GIB = 8.0  # of host memory for a process that works on a GPU, where the GPU's share of its node is not less
+ALL = 0.95  # of a node's memory that may be asked for: some is the system's
 SPARE = 1.5  # on top of the estimate of a process that works on the CPU
 
 
@@ -97,43 +99,47 @@ def predicted_min(rows: Iterable[Row], runtime: Runtime) -> float:
     return sum((row["gpu_h_high"] or 0.0) * 60 / runtime.devices for row in rows)
 
 
-def of(row: Row, config: Row, status: Row, where: Site, gpus: bool, longest: int | None) -> Request:
-    """What a run asks for; its time is that of the run alone, see ``packed``.
-
-    ``gpus``: whether the partition has any. ``longest``: the partition's time limit in minutes, where it has one.
-    """
+def of(row: Row, config: Row, status: Row, where: Site, there: Partition) -> Request:
+    """What a run asks for, ``there`` being what the nodes have; its time is that of the run alone, see ``packed``."""
     runtime = Runtime(**config["runtime"])
-    on_gpu = runtime.device != "cpu" and (where.gpu not in ("auto", "no") or (where.gpu == "auto" and gpus))
-    per_node = min(runtime.devices, where.gpus_per_node)
+    on_gpu = runtime.device != "cpu" and (where.gpu not in ("auto", "no") or (where.gpu == "auto" and there.gpus > 0))
+    per_node = min(runtime.devices, where.gpus_per_node, (there.gpus or runtime.devices) if on_gpu else runtime.devices)
     nodes = math.ceil(runtime.devices / per_node)
     pack = (runtime.pack or 1) if runtime.devices == 1 else 1
     kind = "gpu" if where.gpu in ("auto", "yes") else f"gpu:{where.gpu}"
-    process = HOST_GIB if on_gpu else SPARE * (row["mem_gib"] or 1.0)
-    spent = (status.get("retries") or {}).get("oom_host", 0)
-    mem_gib = where.mem_gib or 2 ** math.ceil(math.log2(1 + process * per_node * pack))
-    nodes_bad = {*([where.exclude] if where.exclude else ()), *status.get("exclude", ())}
+    nodes_bad = {*([where.exclude] if where.exclude else ()), *status.get("exclude", ())}  # it may be n[1,3]: whole
     return Request(
         nodes=nodes,
         tasks_per_node=math.ceil(runtime.devices / nodes),
         cpus_per_task=where.cpus or runtime.threads * pack,
         gres=f"{kind}:{per_node}" if on_gpu else None,
-        mem_gib=mem_gib * 2**spent,
+        mem_gib=_memory(row, status, where, there, per_node, pack, on_gpu),
         pack=pack,
         exclude=",".join(sorted(nodes_bad)) or None,
-        time_min=_rung(predicted_min([row], runtime), where, longest),
+        time_min=_rung(predicted_min([row], runtime), where, there),
     )
 
 
-def _rung(predicted: float, where: Site, longest: int | None) -> int:
+def _memory(row: Row, status: Row, where: Site, there: Partition, per_node: int, pack: int, on_gpu: bool) -> int:
+    """GiB per node, in few steps so that few kinds of job differ by it; twice as much after it did not suffice."""
+    wanted = HOST_GIB if on_gpu else SPARE * (row["mem_gib"] or 1.0)
+    gib = float(where.mem_gib or 2 ** math.ceil(math.log2(1 + wanted * per_node * pack)))
+    if on_gpu and there.mem_gib is not None and there.gpus and not where.mem_gib:
+        gib = min(gib, ALL * there.mem_gib * per_node / there.gpus)
+    gib *= 2 ** (status.get("retries") or {}).get("oom_host", 0)
+    return max(1, int(min(gib, ALL * there.mem_gib) if there.mem_gib is not None and not where.mem_gib else gib))
+
+
+def _rung(predicted: float, where: Site, there: Partition) -> int:
     """A time limit with room for twice what is predicted; a run that needs more is interrupted and goes on."""
     if where.time_min:
         return where.time_min
     wanted = next((rung for rung in TIMES_MIN if rung >= 2 * predicted + SPARE_MIN), TIMES_MIN[-1])
-    return min(wanted, longest) if longest else wanted
+    return min(wanted, there.limit_min) if there.limit_min else wanted
 
 
 def packed(
-    held: list[tuple[list[Row], Request, Runtime]], where: Site, longest: int | None
+    held: list[tuple[list[Row], Request, Runtime]], where: Site, there: Partition
 ) -> dict[Request, list[tuple[float, Pack]]]:
     """Groups of runs as packs, longest first, by what a job for them asks for: (predicted minutes, pack).
 
@@ -151,7 +157,7 @@ def packed(
             pack.append([row["run_id"] for row in rows])
             full = minutes >= runtime.job_min and len(pack) >= request.pack
             if full or number == len(timed) - 1:
-                asked = request._replace(time_min=_rung(minutes, where, longest))
+                asked = request._replace(time_min=_rung(minutes, where, there))
                 found.setdefault(asked, []).append((minutes, pack))
                 minutes, pack = 0.0, []
     return found

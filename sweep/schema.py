@@ -79,7 +79,7 @@ RUNS: dict[str, pa.DataType] = {
     "family": S,
     "label": S,
     "attempt": I,
-    "status": S,  # done, diverged, failed, cancelled
+    "status": S,  # done, diverged, failed, interrupted, cancelled
     "reason": S,  # why, when not done
     "seed": I,
     "steps": I,  # steps trained in all (every piece)

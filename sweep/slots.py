@@ -18,6 +18,7 @@ from models.config import Runtime
 from sweep import ranks, rundir, source, worker
 from sweep.attempt import Stop, abandoned
 from sweep.progress import Progress
+from sweep.sharing import sharing
 from sweep.watch import Row, Watch, groups
 
 if TYPE_CHECKING:
@@ -154,6 +155,10 @@ class Local(Watch):
         several = f"{slots.span} processes of " if slots.span > 1 else ""
         few = f"; they were planned for up to {slots.most} devices each and get one" if slots.most > slots.span else ""
         return f"{slots.count} x {several}{slots.width} threads{few}"
+
+    def watch(self, progress: Progress, done: int) -> bool:
+        with sharing(self.slots.shared if self.slots.devices else 1):
+            return super().watch(progress, done)
 
     def tend(self) -> None:
         for run_id in self.pending:

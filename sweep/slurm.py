@@ -148,16 +148,29 @@ def address() -> str | None:
     return found[1] if found else None
 
 
-def partition(name: str | None) -> tuple[int | None, bool, str | None]:
-    """Of a partition, the default one where none is named: time limit in minutes (None: none), whether it has GPUs.
+class Partition(NamedTuple):
+    """What its nodes have, the least of them: None where nothing is known, or there is no limit."""
 
-    And why that could not be had: without an answer runs that want a GPU would go without.
-    """
-    answer = ask("sinfo", "-h", "-o", "%P|%l|%G", *(("-p", name) if name else ()))
-    rows = [line.split("|", 2) for line in answer.lines()]
-    ours = [(limit, gres) for found, limit, gres in rows if name or found.endswith("*")]
-    limits = [limit for text, _ in ours if (limit := minutes(text)) is not None]
-    return max(limits, default=None), any("gpu" in gres for _, gres in ours), answer.failed
+    limit_min: int | None = None
+    mem_gib: float | None = None
+    gpus: int = 0  # of the nodes that have any
+
+
+def partition(name: str | None) -> tuple[Partition, str | None]:
+    """A partition as sinfo shows it, the default one where none is named; and why that could not be had."""
+    answer = ask("sinfo", "-h", "-e", "-o", "%P|%l|%m|%G", *(("-p", name) if name else ()))
+    rows = [fields for line in answer.lines() if len(fields := line.split("|", 3)) == 4]
+    ours = [(limit, mem, gres) for found, limit, mem, gres in rows if name or found.endswith("*")]
+    limits = [limit for text, _, _ in ours if (limit := minutes(text)) is not None]
+    counts = [count for *_, gres in ours if (count := _gpus(gres))]
+    memory = [int(mem) / 1024 for _, mem, gres in ours if mem.isdecimal() and (_gpus(gres) or not counts)]
+    found = Partition(max(limits, default=None), min(memory, default=None), min(counts, default=0))
+    return found, answer.failed
+
+
+def _gpus(gres: str) -> int:
+    """GPUs in a text such as "gpu:a100:8(S:0-1),shard:16"."""
+    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
 
 
 def minutes(limit: str) -> int | None:

@@ -94,11 +94,11 @@ PLACES = {"slurm_partition": "partition", "slurm_account": "account"}
 
 
 def place(resources: Mapping[str, Any]) -> str:
-    """Options of ``sweep.launch`` from a rule's resources: ``cluster``, those in ``PLACES``, and ``launch``.
+    """Options of ``sweep.launch`` from a rule's resources: ``place`` (local, slurm), those in ``PLACES``, ``launch``.
 
     ``launch`` holds any settings of ``--slurm`` in one string, "time_min=1440 parallel=64"; it wins.
     """
-    if (cluster := resources.get("cluster", "local")) == "local":
+    if (cluster := resources.get("place", "local")) == "local":
         return ""
     settings = [f"{key}={resources[name]}" for name, key in PLACES.items() if resources.get(name)]
     settings += str(resources.get("launch", "")).split()

@@ -157,6 +157,8 @@ def plan(
             held = file.read(list(columns))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise Damaged(f"{path}: cannot be read ({_line(error)}); plan the study again") from None
+    if missing := [name for name in columns if name not in held.column_names]:
+        raise Damaged(f"{path}: has no column {missing[0]}; plan the study again")
     if run_ids is not None:
         wanted = set(run_ids)
         held = held.filter(_mask(run_id in wanted for run_id in held["run_id"].to_pylist()))
@@ -183,7 +185,9 @@ def read(path: Path, table: str) -> pa.Table:
             held = file.read(use_threads=False).replace_schema_metadata(None)
         if held.schema.equals(wanted):
             return held
-        names = set(held.column_names)
+        names, known = set(held.column_names), set(wanted.names)
+        if names - known and known - names:  # columns come over time; one for another is a name that changed
+            raise Damaged(f"{path}: has columns {sorted(names - known)} where {sorted(known - names)} are missing")
         columns = [
             held[field.name].cast(field.type) if field.name in names else pa.nulls(held.num_rows, field.type)
             for field in wanted

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import sys
 import time
 import traceback
@@ -337,7 +338,8 @@ def _attempt(attempt: Attempt) -> str:
     if (why := attempt.begin(**here)) is not None:
         attempt.end(why)
         return why.state
-    attempt.note("started", threads=attempt.runtime.threads, **here)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None  # a leaked mask shows here
+    attempt.note("started", threads=attempt.runtime.threads, cores=cores, **here)
     trace: str | None = None
     fields: dict[str, Any] = {}
     try:

@@ -1,5 +1,7 @@
 """How does a real Slurm run on this machine, and how does it fail? Debian's daemons, in a temporary folder.
 
+    python tests/cluster.py      # one to try things on, until Ctrl-C
+
 As root (munge and slurmd want it), without systemd. Several nodes share the host, each with fake GPUs and a port of
 its own. Settings trade robustness under load for seconds: see the comments. What breaks a cluster is a method here,
 and each waits until Slurm shows the effect.
@@ -10,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from sweep.slurm import scrubbed
 
@@ -44,7 +49,8 @@ def missing(accounting: bool = False) -> str | None:
     return None if os.geteuid() == 0 else "munge and slurmd want root"
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """A row of ``squeue``: a job, or an element of an array."""
 
     id: str  # its own; elements of an array that wait for their first start have none and show the array's
@@ -99,7 +105,7 @@ class Cluster:
     # --- start and stop ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the daemons and wait for the nodes."""
+        """Start the daemons and wait for the nodes. They end with the thread that calls this, too."""
         listening = ["slurmctld", *self.names, "slurmdbd"]
         self.ports = dict(zip(listening, _ports(len(listening)), strict=True))
         for name in ("bin", "state", "spool", "log", "db"):
@@ -114,7 +120,7 @@ class Cluster:
         self._write()
         for name in ("munged", *(("mariadbd", "slurmdbd") if self.accounting else ())):
             self._daemon(name)
-            self._until(lambda name=name: self._answers(name), f"{name} answers")
+            self._until(partial(self._answers, name), f"{name} answers")
         for name in ("slurmctld", *self.names):
             self._daemon(name)
 
@@ -158,23 +164,28 @@ class Cluster:
     def kill(self, name: str, noticed: bool = True) -> None:
         """SIGKILL for one daemon; steps of jobs live on.
 
-        For a slurmd this waits until Slurm has given up its node, SlurmdTimeout and a bit later, and the jobs there;
-        not where the effect need not be ``noticed``.
+        For a slurmd this waits until Slurm has given up its node and the jobs there (``IMPATIENT``: 12 s, else 28),
+        unless that need not be ``noticed``. A controller forgets what it has not saved: see ``save``. Without munged
+        each command takes 50 s to fail.
         """
         self.daemons[name].kill()
         self.daemons[name].wait(timeout=30)
         if noticed and name in self.names:
-            self._until(lambda: self.states()[name].startswith("down"), f"{name} is given up")
+            self._until(lambda: self.states().get(name, "").startswith("down"), f"{name} is given up")
 
     def restart(self, name: str) -> None:
         """Start a daemon again, after an orderly end where it lives; a node that was given up comes back."""
         self.daemons[name].terminate()
         self.daemons[name].wait(timeout=30)
         self._daemon(name)
-        self._until(lambda: self._answers(name), f"{name} answers")
+        self._until(partial(self._answers, name), f"{name} answers")
 
     def save(self) -> None:
-        """Let the controller write its state: by itself it does so at a submission, not when a job starts."""
+        """Let the controller write its state, in up to 5 s; by itself it does so at a submission, not at a start.
+
+        After a SIGKILL it undoes the rest: a job that has started since then waits again, and its processes get
+        SIGKILL when their node registers.
+        """
         state = self.folder / "state" / "job_state"
         before = state.stat().st_mtime_ns
         self._configure()
@@ -353,13 +364,13 @@ class Cluster:
             return listens
         states = self.states()
         if name in self.names:
-            return not states[name].endswith("*")
+            return not states.get(name, "").endswith("*")
         # a controller knows of a node when that has registered, seconds after both have started
         alive = [node for node in self.names if self.daemons[node].poll() is None]
         return bool(states) and not any(states[node].startswith("unknown") for node in alive)
 
     def _daemon(self, name: str) -> None:
-        command = ["setpriv", "--pdeathsig", "KILL", *self._command(name)]  # tests may be killed before they clean up
+        command = ["setpriv", "--pdeathsig", "KILL", *self._command(name)]  # tests that are killed do not clean up
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
                 command, env=self._env(), stdout=log, stderr=log, start_new_session=True
@@ -409,11 +420,8 @@ def _processes() -> Iterator[tuple[int, int, dict[str, str]]]:
             environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has ended meanwhile
             continue
-        yield (
-            int(folder.name),
-            parent,
-            {name: value for name, _, value in (each.partition("=") for each in environment)},
-        )
+        pairs = (each.partition("=") for each in environment)
+        yield int(folder.name), parent, {name: value for name, _, value in pairs}
 
 
 def _family(pids: Iterable[int]) -> list[int]:
@@ -442,3 +450,26 @@ def _end(find: Callable[[], list[int]]) -> None:
         return not pids
 
     until(ended, "processes have ended")
+
+
+def main() -> int:
+    """Run a cluster until Ctrl-C, for somebody to try things on."""
+    if why := missing():
+        print(f"no Slurm: {why}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        held = Cluster(Path(folder))
+        try:
+            held.start()
+            told = " ".join(f"{name}={shlex.quote(value)}" for name, value in held.environment().items())
+            print(f"{held.nodes} nodes are idle; in another terminal:\n\nexport {told}\n\nCtrl-C ends them", flush=True)
+            signal.pause()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            held.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,14 +27,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]
 
 
 @pytest.fixture(scope="session")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
+def breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
     """What ``fragile`` hands out; tests ask for that."""
     folder = tmp_path_factory.mktemp("fragile")
     yield from running(cluster.Cluster(folder, preempt=True, settings=cluster.IMPATIENT))
 
 
 @pytest.fixture
-def fragile(patient: cluster.Cluster) -> Iterator[cluster.Cluster]:
+def fragile(breakable: cluster.Cluster) -> Iterator[cluster.Cluster]:
     """A cluster to break: daemons may be killed, nodes lost, settings changed. It is healed after each test."""
-    yield patient
-    patient.heal()
+    yield breakable
+    breakable.heal()

@@ -42,8 +42,8 @@ tokenizer:
   seeds: {seeds}
 evaluation:
   - {{name: rebuilt, of: tokenizer, extractors: [digits-supervised], samples: 32}}
-run: {{threads: 1, log_every: 5, save_every_s: 0.3, job_min: 0}}
-price: {{device: core, devices: 2, peak_tflops: 0.06, mfu: [0.2, 0.7]}}
+run: {{threads: 1, log_every: 5, save_every_s: 0.3, job_min: 0.3}}  # three runs, by the overhead of each, share a job
+price: {{device: core, devices: 2, peak_tflops: 0.06, mfu: [0.2, 0.7], overhead_s: 6}}
 """
 STAGES = ("tokenizer", "evaluation")
 
@@ -83,6 +83,7 @@ class Chaos:
     study: Path
     seed: int
     pause_s: tuple[float, float]  # between two blows
+    most: int  # after so many the study is left in peace
     blows: Counter[str] = field(default_factory=Counter)
     launches: int = 0
 
@@ -175,7 +176,7 @@ class Chaos:
             for name in [name for name, when in self.down.items() if when < time.monotonic()]:
                 self.slurm.restart(name)
                 del self.down[name]
-            if time.monotonic() > strike:
+            if time.monotonic() > strike and self.blows.total() < self.most:
                 strike = time.monotonic() + self.dice.uniform(*self.pause_s)
                 blow = self.dice.choice(BLOWS)
                 self.blows[blow] += bool(getattr(self, blow)())
@@ -217,12 +218,12 @@ def whole(study: Path, undisturbed: tuple[dict[str, bytes], set[tuple[Any, ...]]
 
 @pytest.mark.timeout(900)
 def test_a_study_comes_out_whole(slurm, tmp_path):
-    study = planned(tmp_path / "disturbed", steps=150, runs=20)
+    study = planned(tmp_path / "disturbed", steps=60, runs=20)
     undisturbed = results(quiet(study, tmp_path / "quiet"))
-    chaos = Chaos(slurm, study, seed=1, pause_s=(1.0, 6.0))
+    chaos = Chaos(slurm, study, seed=1, pause_s=(0.5, 4.0), most=14)
     chaos.run(seconds=600)
     assert whole(study, undisturbed) == (0, 0)
-    assert chaos.blows.total() >= 5, chaos.blows
+    assert chaos.blows.total() >= 10, chaos.blows
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_a_hundred_blows(tmp_path):
         pytest.skip(f"no Slurm: {why}")
     done: list[dict[str, Any]] = []
     undisturbed = None
-    for seed in range(1, 7):
+    for seed in range(1, 5):
         folder = tmp_path / f"seed{seed}"
         study = planned(folder, steps=400, runs=24)
         undisturbed = undisturbed or results(quiet(study, tmp_path / "quiet"))
@@ -240,7 +241,7 @@ def test_a_hundred_blows(tmp_path):
         began = time.monotonic()
         try:
             held.start()
-            chaos = Chaos(held, study, seed, pause_s=(0.5, 5.0))
+            chaos = Chaos(held, study, seed, pause_s=(0.5, 5.0), most=60)
             chaos.run(seconds=1800)
         finally:
             held.stop()

@@ -134,18 +134,26 @@ def test_a_dry_run_for_a_cluster_shows_every_stage_from_a_clean_home(tmp_path):
     assert places == sorted(places)
 
 
-@pytest.mark.timeout(600)
-def test_a_cluster_draws_the_figures(finished, slurm, tmp_path):
-    study = finished / "results" / "tiny"
-    (study / "figures" / "fig1_generation.png").unlink()
+@pytest.mark.timeout(900)
+def test_a_cluster_without_accounting_does_a_whole_study(slurm, tmp_path):
+    gridded(tmp_path)
     home = {"HOME": str(tmp_path)} | {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("CONFIG", "CACHE")}
-    done = snakemake(finished, "--profile", "slurm", "--forceall", **slurm.environment(), **home)
+    site = tmp_path / "site"  # what a user adds for one cluster
+    site.mkdir()
+    (site / "config.yaml").write_text("set-resources:\n  generator:\n    launch: time_min=7\n")
+    profiles = ["--profile", "slurm", "--profile", str(site)]
+    done = snakemake(tmp_path, *profiles, **slurm.environment(), **home)
     assert done.returncode == 0, done.stdout
-    assert re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M).count("tokenizer") == 1
-    assert re.findall(r"^Job \d+ has been submitted with SLURM jobid", done.stdout, re.M)  # one, for the figures
-    assert done.stdout.count("has been submitted") == 1
+    study = tmp_path / "results" / "tiny"
+    for row in tables.plan(study, ["run_id"]):
+        status = rundir.status(study, row["run_id"])
+        assert (status["state"], bool(status["job"])) == ("done", True)
+    assert not tables.verify(study)
+    assert done.stdout.count("has been submitted with SLURM jobid") == 1  # one of Snakemake's own, for the figures
     assert (study / "figures" / "fig1_generation.png").exists()
-    assert "Nothing to be done" in snakemake(finished, "--profile", "slurm", **slurm.environment(), **home).stdout
+    told = slurm.call("squeue", "-h", "-t", "all", "-o", "%j %l").split("\n")
+    assert [line.split()[1] for line in told if line.startswith("sweep-tiny-generator-")] == ["7:00"]
+    assert "Nothing to be done" in snakemake(tmp_path, *profiles, **slurm.environment(), **home).stdout
 
 
 def test_style():

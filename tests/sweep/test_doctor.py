@@ -124,9 +124,10 @@ def test_commands_are_asked_without_what_a_job_has_set(monkeypatch):
     assert slurm.scrubbed(inherited | kept) == kept
 
 
-def test_an_answer_that_does_not_come_is_a_failure_and_not_nothing(tmp_path, shims):
+def test_an_answer_that_does_not_come_is_a_failure_and_not_nothing(tmp_path, shims, monkeypatch):
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.2)
     install(tmp_path, shims | {"squeue": "exec /bin/sleep 60"})
-    answer = slurm.ask("squeue", timeout_s=0.2)
+    answer = slurm.ask("squeue")
     assert answer == slurm.Answer("", "squeue: no answer within 0.2 s")
     assert slurm.ask("nothing-of-the-kind").failed == "nothing-of-the-kind: not found"
     assert slurm.ask("sacct") == slurm.Answer("", None)
