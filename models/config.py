@@ -339,7 +339,7 @@ class Runtime(Fields):
     compile: bool = False
     log_every: int = Field(50, ge=1, description="steps between rows of the training loss")
     save_every_s: float = Field(120.0, gt=0, description="seconds between resumable checkpoints")
-    pack: int | None = Field(None, ge=1, le=64, description="runs that share a device; None: as many as memory allows")
+    pack: int | None = Field(None, ge=1, le=64, description="runs that share a device; None: the plan says, by memory")
     job_min: float = Field(
         10.0, ge=0, description="minutes of work for a job at least: short runs follow each other in one; 0: a job each"
     )

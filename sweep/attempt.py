@@ -194,6 +194,7 @@ def abandoned(study: Path, config: dict[str, Any], kind: str, reason: str, gone:
     that is known to be over although it may still look alive.
     """
     run_id, policy = config["run_id"], failures.POLICY[kind]
+    holder = rundir.holder(study, run_id)
     if (claim := rundir.claim(study, run_id, gone)) is None:
         return
     with claim.held():
@@ -203,6 +204,8 @@ def abandoned(study: Path, config: dict[str, Any], kind: str, reason: str, gone:
         change: dict[str, Any] | None = None
         if not policy.resumes:
             change = failures.again(kind, status, config)
+        if kind == "node" and change is not None and holder is not None and holder.node is not None:
+            change["exclude"] = sorted({*status.get("exclude", ()), holder.node})
         if policy.resumes:
             claim.update(state="interrupted", reason=f"{kind}: {reason}")
         elif change is not None:

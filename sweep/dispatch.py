@@ -137,7 +137,7 @@ class Cluster(Watch):
         unclaimed = any(self.unclaimed())
         if not unclaimed and all(batch.job for batch in self.open):
             self.refusals = 0  # somebody has it all
-        if not (self.queue.over(self.open) or self._found() or unclaimed):
+        if not (self.queue.over(self.open) or self._found() or (unclaimed and not self.resting())):
             return
         if (lease := rundir.lease(self.study, rundir.launches_folder(self.study) / "dispatch")) is None:
             return  # another launch is at it
@@ -234,10 +234,14 @@ class Cluster(Watch):
 
     # --- new jobs ---
 
+    def resting(self) -> bool:
+        """Is it too early to ask again, after Slurm could not take a job?"""
+        wait = BACKOFF_S[min(self.refusals, len(BACKOFF_S)) - 1] if self.refusals else 0.0
+        return time.monotonic() - self.refused_at < wait
+
     def hand_over(self, lease: rundir.Lease) -> None:
         """Submit what nobody has in hand."""
-        wait = BACKOFF_S[min(self.refusals, len(BACKOFF_S)) - 1] if self.refusals else 0.0
-        if time.monotonic() - self.refused_at < wait:
+        if self.resting():
             return
         held = []
         for group in groups(self.rows[run_id] for run_id in list(self.unclaimed()) if self.wanted(run_id)):

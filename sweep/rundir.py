@@ -318,12 +318,13 @@ class Claim(Lease):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run; ``job`` is the Slurm job of its process, if it belongs to one."""
+    """Who holds a run; ``job`` is the Slurm job of its process, if it belongs to one, and ``node`` where that runs."""
 
     attempt: int
     host: str
     pid: int
     job: str | None
+    node: str | None
     alive: bool
 
 
@@ -374,7 +375,7 @@ def _holder(study: Path, claims: Path, attempt: int) -> Holder | None:
     path = claims / f"{attempt:04d}" / "holder.json"
     if (held := _read(path)) is None:
         return None
-    return Holder(attempt, held["host"], held["pid"], held.get("job"), _alive(study, held, path))
+    return Holder(attempt, held["host"], held["pid"], held.get("job"), held.get("node"), _alive(study, held, path))
 
 
 def cancel(study: Path, run_id: str) -> bool:
@@ -394,7 +395,8 @@ def myself() -> dict[str, Any]:
         return here
     if array is not None:  # the name that stays the same when Slurm starts it again
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return here | {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    restart, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME")
+    return here | {"job": job, "restart": restart, "node": node}
 
 
 def alive(host: str, pid: int, born: int | None) -> bool | None:

@@ -117,6 +117,7 @@ class Watch:
             while True:
                 began = time.monotonic()
                 self.look()
+                spent = time.monotonic() - began
                 well, running, failed = self.counts()
                 progress.show(done + well, running, failed, self.worked(), self.queued())
                 if not self.pending:
@@ -125,7 +126,7 @@ class Watch:
                     self.look()
                     return not self.pending
                 self.tend()
-                time.sleep(max(TICK_S, 5 * (time.monotonic() - began)))
+                time.sleep(max(TICK_S, 5 * spent))  # most of the time is the workers'
 
     def _signalled(self) -> None:
         self.signals += 1

@@ -194,3 +194,20 @@ def test_throughput_is_read_from_parts_or_the_compact_table_and_damage_is_named(
     compact.parent.mkdir()
     pq.write_table(pa.Table.from_pylist(full[:1], schema("runs")), compact)
     assert cost.measured(tmp_path) == (found[:1], [])
+
+
+@pytest.mark.parametrize(
+    ("runtime", "mem_gib", "hours", "device_gib", "pack"),
+    [
+        ({}, 2.0, 0.1, 24.0, 8),  # 10 would fit
+        ({}, 5.0, 0.1, 24.0, 4),
+        ({}, 13.0, 0.1, 24.0, 1),
+        ({}, 2.0, 1.5, 24.0, 1),  # long enough to have a device for itself
+        ({}, 2.0, 0.1, None, 1),  # the grid does not say what a device has
+        ({"device": "cpu"}, 2.0, 0.1, 24.0, 1),
+        ({"devices": 2}, 2.0, 0.1, 24.0, 1),
+        ({"pack": 3}, 20.0, 9.0, 24.0, 3),  # as it was asked for
+    ],
+)
+def test_short_runs_share_a_device_as_its_memory_allows(runtime, mem_gib, hours, device_gib, pack):
+    assert cost.packing(Runtime(**runtime), mem_gib, hours, device_gib).pack == pack

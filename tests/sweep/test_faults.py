@@ -342,3 +342,31 @@ def test_short_runs_share_a_job_one_after_the_other_and_side_by_side(slurm, tmp_
     assert len({status["pid"] for status in statuses}) == 2
     assert len(rows(study, "runs")) == 4
     assert {row["status"] for row in rows(study, "runs")} == {"done"}
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_does_not_fit_its_device_is_no_hang_and_has_its_retry(slurm, tmp_path):
+    study = planned(tmp_path, run="devices: 2")
+    (run,) = runs(study)
+    patched = tmp_path / "patched"
+    patched.mkdir()
+    text = """
+import os
+from models import training
+trained = training.train
+def train(*given, runtime, **more):
+    import torch
+    if os.environ.get("SLURM_PROCID") == "1" and (runtime.micro_batch or 4) > 2:
+        raise torch.OutOfMemoryError("out of memory")
+    return trained(*given, runtime=runtime, **more)
+training.train = train
+"""
+    (patched / "sitecustomize.py").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(patched))
+        launcher = Launcher(slurm, study)
+        code, output = launcher.ended()
+    assert code == 0, output
+    assert rundir.status(study, run)["micro_batch"] == 2
+    (retry,) = (event for event in events(study, run) if event["event"] == "retry")
+    assert retry["reason"] == "oom_gpu: OutOfMemoryError: out of memory (rank 1)"
