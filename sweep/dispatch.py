@@ -134,6 +134,7 @@ class Cluster(Watch):
         for element, why in self.queue.waits.items():
             if slurm.HELD in why:
                 slurm.release(element)
+        self.give_up()
         unclaimed = any(self.unclaimed())
         if not unclaimed and all(batch.job for batch in self.open):
             self.refusals = 0  # somebody has it all
@@ -165,6 +166,15 @@ class Cluster(Watch):
             if why:
                 self.why = self.why or why
                 self.settle(run_id)
+
+    def give_up(self) -> None:
+        """Take jobs back that would wait for ever, and say so of their runs."""
+        never = {element: why for element, why in self.queue.waits.items() if why in slurm.NEVER}
+        for run_id, (batch, task) in batches.covered(self.open).items():
+            why = never.get(batch.element(task))
+            if why is not None and rundir.status(self.study, run_id)["state"] in ("planned", "interrupted"):
+                rundir.mark(self.study, run_id, "failed", f"submit: Slurm will never start its job ({why})")
+        slurm.cancel(never)
 
     def unclaimed(self) -> Iterator[str]:
         """Pending runs that wait for nothing, that no job is to do and that nobody holds."""

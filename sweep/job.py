@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Task:
         self.pack = batch.packs[0 if batch.serial else task]
         self.began = time.time()
         restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        os.environ[rundir.START] = uuid.uuid4().hex
         self.scratch = batch.folder / f"task-{task}-{restart}"  # of this start of the job alone
         self.flag = self.scratch / "stop"
         self.heard: int | None = None  # the first signal

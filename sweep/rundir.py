@@ -26,6 +26,7 @@ from typing import Any
 
 BEAT_S = 15.0  # between two signs of life of a holder
 STALE_S = 300.0  # without one, a holder on another machine counts as gone
+START = "SWEEP_START"  # variable that names one start of a Slurm job, for all its processes
 RUN_ID = re.compile(r"[a-z][0-9a-f]{12}")
 FINAL = frozenset({"done", "diverged", "failed"})  # states that a launch leaves alone
 
@@ -396,7 +397,7 @@ def myself() -> dict[str, Any]:
     if array is not None:  # the name that stays the same when Slurm starts it again
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     restart, node = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURMD_NODENAME")
-    return here | {"job": job, "restart": restart, "node": node}
+    return here | {"job": job, "restart": restart, "start": os.environ.get(START), "node": node}
 
 
 def alive(host: str, pid: int, born: int | None) -> bool | None:
@@ -414,8 +415,12 @@ def alive(host: str, pid: int, born: int | None) -> bool | None:
 
 def _alive(study: Path, held: dict[str, Any], path: Path) -> bool:
     mine = myself()
-    if "job" in mine and held.get("job") == mine["job"] and held["restart"] < mine["restart"]:
-        return False  # Slurm has taken the job away from it and given it to us, even where its process lives on
+    if "job" in mine and held.get("job") == mine["job"]:
+        # Slurm has taken the job away from it and given it to us, even where its process lives on. A controller that
+        # lost its memory starts a job anew without counting.
+        other = mine["start"] is not None and held.get("start") != mine["start"]
+        if held["restart"] < mine["restart"] or (other and held["restart"] == mine["restart"]):
+            return False
     here = alive(held["host"], held["pid"], held["born"])
     if here is not None:
         return here

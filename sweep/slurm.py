@@ -22,6 +22,10 @@ OVER = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED"}
     | {"TIMEOUT"}
 )
+NEVER = frozenset(  # why a job waits that asks for what it will not get; sbatch takes such jobs on most clusters
+    {"PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"}
+    | {"DependencyNeverSatisfied"}
+)
 HELD = "launch failed requeued held"  # a node could not start the job: nothing happens until somebody releases it
 
 

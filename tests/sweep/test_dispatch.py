@@ -1159,6 +1159,25 @@ def test_what_a_node_could_not_start_is_released(site, tmp_path):
     assert len(site.jobs) == 1
 
 
+def test_a_job_that_will_never_start_is_taken_back_and_its_runs_say_so(site, tmp_path, capsys):
+    study = planned(tmp_path, arm(seeds=2))
+    first, second = runs(study)
+
+    def story() -> Story:
+        (job,) = site.jobs
+        stuck = next(element for element, run in zip(job.elements, (first, second), strict=True) if run == first)
+        site.slurm.put("PENDING", [stuck], why="PartitionTimeLimit")
+        yield 20
+        assert states(study, [first]) == ["failed"]
+        assert ["scancel", stuck] in [["scancel", *call] for call in site.slurm.calls("scancel")]
+        work(site.slurm)
+        yield 20
+
+    assert site.launch(study, story=story) == 2  # the user's to mend, and tried again by the next launch
+    assert "submit: Slurm will never start its job (PartitionTimeLimit)" in capsys.readouterr().err
+    assert states(study, [second]) == ["done"]
+
+
 # --- stopped ---------------------------------------------------------------------------------------------------------
 
 

@@ -179,7 +179,7 @@ def test_a_run_goes_on_after_whatever_ends_its_job(slurm, tmp_path, quiet):
     assert rundir.status(study, run)["retries"] == {"lost": 1}
 
     node = slurm.job(job).node
-    slurm.down(node)  # Slurm requeues by itself; the node comes back when its slurmd says that it lives
+    slurm.down(node)  # Slurm requeues by itself
     attempt = trains(study, run, attempt)
 
     slurm.kill("slurmctld")  # the controller dies and comes back; jobs do not notice
