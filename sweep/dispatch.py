@@ -255,11 +255,8 @@ class Cluster(Watch):
             return
         held = []
         for group in groups(self.rows[run_id] for run_id in list(self.unclaimed()) if self.wanted(run_id)):
-            rows, config, status = (
-                [self.rows[run_id] for run_id in group],
-                self.configs[group[0]],
-                rundir.status(self.study, group[0]),
-            )
+            rows, config = [self.rows[run_id] for run_id in group], self.configs[group[0]]
+            status = rundir.status(self.study, group[0])
             asked = request.of(rows[0], config, status, self.where, self.there)
             held.append((rows, asked, Runtime(**config["runtime"])))
         planned = list(self.plan(request.packed(held, self.where, self.there)))
