@@ -64,7 +64,7 @@ def _version(study: Path) -> None:
 
 def _part(path: Path, name: str) -> pa.Table:
     """One file in the table's schema; raises whatever pyarrow raises on a damaged one."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         stamp = (file.schema_arrow.metadata or {}).get(b"version", b"").decode()
         found = file.read(use_threads=False)  # a part is small; threads cost more than they save
     if stamp.isdigit() and int(stamp) != VERSION:
@@ -89,7 +89,7 @@ def _sources(study: Path, name: str) -> tuple[list[Path], list[Path]]:
     if name == "plan":
         copies = [path for path in (study / "plan.parquet", compact) if path.exists()]
         return copies[:1], copies[1:]
-    parts = sorted((study / "tables" / name).rglob("*.parquet"))
+    parts = sorted((study / "tables" / name).glob("study=*/run=*/*.parquet"))
     if not compact.exists():
         return parts, []
     written = compact.stat().st_mtime_ns

@@ -157,6 +157,17 @@ class TimmEncoder(nn.Module):
         return self.net((resized - self.mean) / self.deviation)
 
 
+def only_tensors(path: Path) -> None:
+    """ValueError unless a file of weights holds tensors alone: PyTorch's own format may hold code, and would run it."""
+    if path.suffix == ".safetensors":
+        return
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a file raises that is something else
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"extractors: {path} holds more than tensors, or something else ({line})") from None
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:

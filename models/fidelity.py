@@ -69,6 +69,7 @@ def extractor(name: str, device: str) -> nn.Module:
         if path:
             if not Path(path).is_file():
                 raise ValueError(f"extractors: {name!r} names a file that does not exist; allowed: a weights file")
+            encoders.only_tensors(Path(path))
             options["feature_extractor_weights_path"] = path
     else:
         found = _brought(name)
@@ -89,6 +90,8 @@ def timm_parts(name: str) -> tuple[str, Path | None]:
     model, _, path = name.removeprefix(TIMM).partition(":")
     if path and not Path(path).is_file():
         raise ValueError(f"extractors: {name!r} names a file that does not exist; allowed: a weights file")
+    if path:
+        encoders.only_tensors(Path(path))
     return model, Path(path) if path else None
 
 

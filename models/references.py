@@ -108,7 +108,11 @@ def _keep(path: Path, described: dict[str, Any], reference: Reference) -> None:
     groups = reference.features.groups
     assert groups is not None
     tensors = {"features": reference.features.values.contiguous(), "index": groups}
-    save_file(tensors, staging, metadata={"pixels": reference.hash})
-    notes.write_text(json.dumps({**described, "pixels": reference.hash}, indent=1))
-    os.replace(notes, path.with_suffix(".json"))
-    os.replace(staging, path)
+    try:
+        save_file(tensors, staging, metadata={"pixels": reference.hash})
+        notes.write_text(json.dumps({**described, "pixels": reference.hash}, indent=1))
+        os.replace(notes, path.with_suffix(".json"))
+        os.replace(staging, path)
+    finally:
+        for left in (staging, notes):
+            left.unlink(missing_ok=True)

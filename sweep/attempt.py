@@ -66,8 +66,12 @@ class Stop:
         if flag is not None or self.flags:
             flag = flag or self.flags[0]
             staged = flag.with_name(f".{flag.name}-{os.getpid()}")
-            with contextlib.suppress(OSError):  # a full disk may be the reason
+            try:
                 staged.write_text(reason)
+            except OSError:  # a full disk may be the reason: the flag alone has to do
+                with contextlib.suppress(OSError):
+                    staged.write_bytes(b"")
+            with contextlib.suppress(OSError):
                 os.replace(staged, flag)  # whoever sees the flag sees the reason
 
     def __call__(self) -> bool:

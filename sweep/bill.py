@@ -135,7 +135,7 @@ def show(grid: Grid, stages: dict[str, Stage], removed: int, warnings: list[str]
 
     price, total = grid.price, Stage.total(stages.values())
     columns = [*stages.items(), ("all", total)]
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{grid.study}: {grid.file}", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for name, _ in columns:
@@ -168,7 +168,7 @@ def show(grid: Grid, stages: dict[str, Stage], removed: int, warnings: list[str]
     if removed:
         console.print(f"{removed:,} point{'s' if removed > 1 else ''} left out by filters.")
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def _flops(value: float) -> str:

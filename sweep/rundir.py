@@ -18,6 +18,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -133,7 +134,7 @@ def check_version(study: Path, version: int) -> None:
     """ValueError, in one line, when another version of the layout wrote this folder."""
     try:
         written = json.loads(lock_file(study).read_text())["version"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{lock_file(study)}: version cannot be read ({error}); plan the study again") from None
     if written != version:
         raise ValueError(f"{lock_file(study)}: version: got {written}; allowed: {version}")
@@ -189,8 +190,9 @@ def config(study: Path, run_id: str) -> dict[str, Any]:
 
 
 def status(study: Path, run_id: str) -> dict[str, Any]:
-    """What is recorded about a run; state ``planned`` when nothing is."""
-    return _read(status_file(study, run_id)) or {"run_id": run_id, "state": "planned"}
+    """What is recorded about a run; state ``planned`` when nothing that can be read is."""
+    held = _read(status_file(study, run_id)) or {}
+    return held if isinstance(held.get("state"), str) else {"run_id": run_id, "state": "planned"}
 
 
 class Records:
@@ -223,9 +225,17 @@ def mark(study: Path, run_id: str, state: str, reason: str | None = None, **fiel
 def finished(study: Path, status: dict[str, Any], points: list[int] | None, encode: list[int] | None) -> bool:
     """Is there nothing left to do? A run that is done may have been given more points, or lost its codes, since."""
     if status["state"] == "done":
-        there = set(points or ()) <= set(status.get("points", ()))
+        there = set(points or ()) <= _points(study, status)
         return there and (not encode or set(encode) <= encoded(study, status["run_id"]))
     return status["state"] in FINAL
+
+
+def _points(study: Path, status: dict[str, Any]) -> set[int]:
+    """Points that a run has reached, without those that were deleted since."""
+    reached = set(status.get("points", ()))
+    if not reached or not points_folder(study, status["run_id"]).is_dir():
+        return reached
+    return {point for point in reached if point_file(study, status["run_id"], point).exists()}
 
 
 def mark_of(study: Path, run_id: str) -> str:
@@ -239,8 +249,9 @@ def journal(study: Path, run_id: str, event: str, **fields: Any) -> None:
     """Append one line to the run's journal."""
     path = journal_file(study, run_id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"time": now(), "event": event, **fields}) + "\n")
+    with path.open("ab+") as file:
+        torn = file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n"  # by a full disk
+        file.write(b"\n" * bool(torn) + json.dumps({"time": now(), "event": event, **fields}).encode() + b"\n")
 
 
 def now() -> str:
@@ -353,9 +364,10 @@ def _take(study: Path, claims: Path, gone: int | None = None) -> int | None:
     claims.mkdir(parents=True, exist_ok=True)
     staging(study).mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=staging(study), prefix=f"{claims.parent.name}-claim"))
-    (staged / "holder.json").write_text(json.dumps({**myself(), "claimed": now()}))
-    target = claims / f"{newest + 1:04d}"
+    number = (newest or _written(study, claims.parent.name)) + 1
+    target = claims / f"{number:04d}"
     try:
+        (staged / "holder.json").write_text(json.dumps({**myself(), "claimed": now()}))
         # The target of a rename has to be missing or empty; a claim never is. So one of two racers fails here.
         os.rename(staged, target)
     except OSError:
@@ -363,7 +375,7 @@ def _take(study: Path, claims: Path, gone: int | None = None) -> int | None:
         if not target.exists():
             raise
         return None
-    return newest + 1
+    return number
 
 
 def holder(study: Path, run_id: str) -> Holder | None:
@@ -374,8 +386,11 @@ def holder(study: Path, run_id: str) -> Holder | None:
 
 def _holder(study: Path, claims: Path, attempt: int) -> Holder | None:
     path = claims / f"{attempt:04d}" / "holder.json"
-    if (held := _read(path)) is None:
+    if not path.exists():
         return None
+    held = {"born": None} | (_read(path) or {})
+    if not isinstance(held.get("host"), str) or not (isinstance(held.get("pid"), int) and 0 < held["pid"] < 2**31):
+        held |= {"host": "a host that cannot be told", "pid": 0}  # cut off, or of another version: its age tells
     return Holder(attempt, held["host"], held["pid"], held.get("job"), held.get("node"), _alive(study, held, path))
 
 
@@ -419,16 +434,26 @@ def _alive(study: Path, held: dict[str, Any], path: Path) -> bool:
         # Slurm has taken the job away from it and given it to us, even where its process lives on. A controller that
         # lost its memory starts a job anew without counting.
         other = mine["start"] is not None and held.get("start") != mine["start"]
-        if held["restart"] < mine["restart"] or (other and held["restart"] == mine["restart"]):
+        before = held.get("restart", 0)
+        if before < mine["restart"] or (other and before == mine["restart"]):
             return False
     here = alive(held["host"], held["pid"], held["born"])
     if here is not None:
         return here
     try:
-        with tempfile.NamedTemporaryFile(dir=staging(study)) as clock:  # the file system's clock, not this host's
-            return os.fstat(clock.fileno()).st_mtime - path.stat().st_mtime < STALE_S
+        return _clock(study) - path.stat().st_mtime < STALE_S
     except FileNotFoundError:  # given back in the meantime
         return False
+
+
+def _clock(study: Path) -> float:
+    """The time by the clock of the file system, which may not be this host's; by this host's where it is read only."""
+    try:
+        staging(study).mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=staging(study)) as made:
+            return os.fstat(made.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def _born(pid: int) -> int | None:
@@ -445,6 +470,12 @@ def _born(pid: int) -> int | None:
 
 def _claims(study: Path, run_id: str) -> Path:
     return run_folder(study, run_id) / "claim"
+
+
+def _written(study: Path, run_id: str) -> int:
+    """The highest attempt that has rows: they stay where the run's folder was deleted, and are to be superseded."""
+    parts = (study / "tables").glob(f"*/study=*/run={run_id}/*.parquet")
+    return max((int(number) for path in parts if (number := path.name.partition("-")[0]).isdecimal()), default=0)
 
 
 def _newest(claims: Path) -> int:

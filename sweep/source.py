@@ -74,6 +74,14 @@ def snapshot(folder: Path) -> Path:
     if target.is_dir():
         return target
     staged = folder / f".{target.name}-{os.getpid()}"
+    try:
+        return _made(staged, target, content)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _made(staged: Path, target: Path, content: dict[Path, bytes]) -> Path:
+    """The copy ``target``, made as ``staged`` first."""
     for path, data in content.items():
         (staged / path).parent.mkdir(parents=True, exist_ok=True)
         (staged / path).write_bytes(data)
@@ -83,7 +91,6 @@ def snapshot(folder: Path) -> Path:
     try:
         os.rename(staged, target)
     except OSError:  # somebody else was faster
-        shutil.rmtree(staged)
         if not target.is_dir():
             raise
     return target

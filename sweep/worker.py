@@ -354,9 +354,16 @@ def _attempt(attempt: Attempt) -> str:
         if attempt.team is not None:
             ended = attempt.team.blame() or ended
     outcome: str = ended.state
-    if trace is not None:
-        outcome, fields = attempt.retry(ended)
-    attempt.end(ended, trace, **fields)
+    try:
+        if trace is not None:
+            outcome, fields = attempt.retry(ended)
+        attempt.end(ended, trace, **fields)
+    except OSError as error:
+        if failures.classify(error) != "storage":
+            raise
+        print(traceback.format_exc(), file=sys.stderr)
+        attempt.stop.spread(f"storage: {error}")  # not even this fits into a record: the next launch finds out
+        return "failed"
     if trace is not None:  # the exception is gone, and with it what its frames held of the device: let the next have it
         import torch
 
@@ -467,9 +474,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         study = _study_of(options.run_id, options.results)
         config = json.loads(tables.plan(study, ["run_id", "config"], [options.run_id])[0]["config"])
+        return _by_hand(study, config, options)
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"{error.filename or options.results}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def _by_hand(study: Path, config: dict[str, Any], options: argparse.Namespace) -> int:
     rundir.register(study, config)
     status, holder = rundir.status(study, options.run_id), rundir.holder(study, options.run_id)
     if status["state"] in ("failed", "cancelled") and not (holder and holder.alive):
