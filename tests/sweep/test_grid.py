@@ -162,7 +162,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "line"), MISTAKES, ids=[f"{p}={v!r:.30}" for p, v, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("path", "value", "line"), MISTAKES, ids=[f"{p}={'' if v is GONE else repr(v):.30}" for p, v, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line_that_names_file_key_value_and_what_is_allowed(tmp_path, path, value, line):
     file = written(tmp_path, changed(path, value))
     with pytest.raises(GridError, match=line) as caught:
