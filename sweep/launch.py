@@ -28,9 +28,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from models.config import STAGES
-from sweep import batches, failures, rundir, slurm, source, tables, worker
+from sweep import batches, failures, request, rundir, slurm, source, tables, worker
 from sweep.progress import Progress
-from sweep.request import KEYS
 from sweep.slots import Local, Stillborn
 from sweep.watch import Row, Watch, awaits
 
@@ -231,10 +230,10 @@ def cancel(study: Path, options: argparse.Namespace) -> int:
             if folder != rundir.code_folder(study):
                 (folder / "stop").touch()
     asked = [row["run_id"] for row in chosen if rundir.cancel(study, row["run_id"])]
-    waiting = {row["run_id"] for row in chosen} & batches.covered(opened).keys() - set(asked)
+    covered = batches.covered(opened).keys() - set(asked)
+    waiting = [row["run_id"] for row in chosen if row["run_id"] in covered and not _resting(study, row["run_id"])]
     for run_id in waiting:
-        if not rundir.finished(study, rundir.status(study, run_id), None, None):
-            rundir.mark(study, run_id, "cancelled", "cancelled before it began")
+        rundir.mark(study, run_id, "cancelled", "cancelled before it began")
     idle = [
         batch.element(task)
         for batch in opened
@@ -281,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     waits.add_argument("--wait", action="store_true", help="until all runs have an outcome (default)")
     waits.add_argument("--detach", action="store_true", help="submit and return")
     queue.add_argument(
-        "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=f"KEY: {', '.join(KEYS)}"
+        "--slurm", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=f"KEY: {', '.join(request.KEYS)}"
     )
     queue.add_argument("--poll-s", type=float, default=10.0, metavar="S", help="between two questions to Slurm")
     options = parser.parse_args(argv)
@@ -292,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.cluster == "local" and (options.detach or options.slurm):
         parser.error("--detach and --slurm go with --cluster slurm")
     try:
+        request.site(options.slurm)  # a mistake is one whether there is anything to do or not
         study = rundir.find(options.study)
         return cancel(study, options) if options.cancel is not None else run(study, options)
     except ValueError as error:

@@ -1185,6 +1185,23 @@ def cancelled(study: Path, *run_ids: str) -> int:
     return launch.main([str(study), "--cancel", *run_ids])
 
 
+def test_runs_that_are_done_are_not_cancelled_although_their_job_is_still_ending(site, tmp_path, capsys):
+    study = planned(tmp_path, arm(seeds=2))
+    assert site.launch(study) == 0
+    capsys.readouterr()
+    assert batches.opened(study)  # nobody has looked since
+    assert cancelled(study) == 0
+    assert capsys.readouterr().out == "nothing is running\n"
+    assert states(study) == ["done", "done"]
+
+
+def test_a_mistake_in_a_setting_is_one_whether_there_is_anything_to_do_or_not(site, tmp_path, capsys):
+    study = planned(tmp_path, arm(seeds=2))
+    assert site.launch(study) == 0
+    assert launch.main([str(study), "--stage", "tokenizer", "--cluster", "slurm", "--slurm", "partitio=x"]) == 2
+    assert capsys.readouterr().err.startswith("--slurm: got 'partitio=x'; allowed: KEY=VALUE of partition,")
+
+
 def test_who_cancels_everything_empties_the_queue_and_the_next_launch_fills_it_again(site, tmp_path, capsys):
     study = planned(tmp_path, arm(seeds=3))
     first, *others = runs(study)
