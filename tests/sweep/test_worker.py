@@ -452,6 +452,7 @@ def test_failures_are_told_apart():
         "data",
         "code",
         "lost",
+        "ended",
     }
     assert named | {"input"} == failures.POLICY.keys()
 
