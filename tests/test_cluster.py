@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sweep import slurm
 from tests import cluster
 from tests.cluster import Cluster, until
 from tests.conftest import running
@@ -73,7 +74,7 @@ def told(held: Cluster, *options: str) -> list[list[str]]:
 
 
 @pytest.mark.usefixtures("overdue")
-def test_accounting_tells_how_jobs_have_ended(accounted):
+def test_accounting_tells_how_jobs_have_ended(accounted, monkeypatch):
     jobs = {
         "COMPLETED": accounted.submit("true"),
         "FAILED": accounted.submit("exit 3"),
@@ -94,6 +95,15 @@ def test_accounting_tells_how_jobs_have_ended(accounted):
     until(lambda: {(job, state) for state, job in jobs.items()} <= ends(), "sacct knows all")
     assert told(accounted, "-j", jobs["FAILED"]) == [[jobs["FAILED"], "FAILED", "3:0"]]
     assert told(accounted, "-j", "99999") == []
+    for name, value in accounted.environment().items():
+        monkeypatch.setenv(name, value)
+    array = accounted.submit("exit $SLURM_ARRAY_TASK_ID", "--array=0-1")
+    until(lambda: len(slurm.accounted([array])) == 2, "sacct knows the array")
+    assert slurm.accounted([array, jobs["CANCELLED by 0"], "99999"]) == {
+        (array, 0): "COMPLETED",
+        (array, 1): "FAILED",
+        (jobs["CANCELLED by 0"], None): "CANCELLED",
+    }
 
 
 # --- the fixture itself ----------------------------------------------------------------------------------------------

@@ -360,6 +360,30 @@ def replaced(monkeypatch: pytest.MonkeyPatch, stage: Any) -> None:
     monkeypatch.setitem(worker.STAGES, "tokenizer", stage)
 
 
+@pytest.mark.parametrize(("saves", "state"), [(True, "interrupted"), (False, "failed")])
+def test_a_run_that_is_cut_off_goes_on_for_as_long_as_it_gets_further(tmp_path, monkeypatch, saves, state):
+    study = planned(tmp_path)
+    (tokenizer,) = runs(study, "tokenizer")
+    stop = Stop(job=tmp_path / "stop")
+    (tmp_path / "stop").write_text("timeout")
+
+    def cut_off(attempt: Attempt) -> Ended:
+        if saves:
+            (rundir.run_folder(study, tokenizer) / "ckpt" / f"trunk-{attempt.claim.attempt:08d}").mkdir(parents=True)
+        assert attempt.stop()
+        return Ended("cancelled", "asked to stop at step 1")
+
+    replaced(monkeypatch, cut_off)
+    ends = [worker.work(study, tokenizer, stop) for _ in range(8)]
+    assert ends[:4] == ["interrupted"] * 4
+    assert set(ends[4:]) == ({"interrupted"} if saves else {"failed", "over"})
+    status = rundir.status(study, tokenizer)
+    assert status["state"] == state
+    if not saves:
+        assert status["reason"] == "timeout: 4 attempts in a row ended before they saved anything"
+        assert failures.reopens(status)  # a longer limit may help
+
+
 def test_a_full_disk_stops_every_process_of_the_launch(tmp_path, monkeypatch):
     study = planned(tmp_path)
     (tokenizer,) = runs(study, "tokenizer")
