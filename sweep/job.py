@@ -51,9 +51,10 @@ class Task:
         self.study, self.batch, self.task = study, batch, task
         self.pack = batch.packs[0 if batch.serial else task]
         self.began = time.time()
-        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
         os.environ[rundir.START] = uuid.uuid4().hex
-        self.scratch = batch.folder / f"task-{task}-{restart}"  # of this start of the job alone
+        # of this start of the job alone, and the same for all its ranks: not each is counted, but each has its srun
+        start = (os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURM_SRUN_COMM_PORT", "0"))
+        self.scratch = batch.folder / f"task-{task}-{'-'.join(start)}"
         self.flag = self.scratch / "stop"
         self.heard: int | None = None  # the first signal
         self.heard_at = 0.0

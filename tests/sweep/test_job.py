@@ -101,6 +101,16 @@ def test_processes_at_work_hear_of_it_once_and_why(tmp_path, said):
     assert held.flag.read_text() == "timeout"  # is not written again
 
 
+def test_what_an_earlier_start_of_the_job_has_left_is_not_heard(tmp_path, said, monkeypatch):
+    monkeypatch.setenv("SLURM_SRUN_COMM_PORT", "46181")
+    earlier = heard(task(tmp_path))
+    earlier.mind()
+    assert earlier.stop()()
+    assert task(tmp_path).scratch == earlier.scratch  # another rank of the same start
+    monkeypatch.setenv("SLURM_SRUN_COMM_PORT", "39017")  # started anew by a controller that did not count
+    assert not task(tmp_path).stop()()
+
+
 @pytest.fixture
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Jobs that were put back into the queue, and which nodes they avoid."""
