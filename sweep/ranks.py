@@ -69,7 +69,7 @@ class Ranks:
                 if time.monotonic() - seen > GRACE_S:  # it sits in an exchange with one that is gone
                     ended = self.blame() or Ended("failed", "comms: another rank failed")
                     _, fields = self.current.retry(ended)
-                    self.current.end(ended, self._trace(), **fields)
+                    self.current.end(ended, (self._told() or {}).get("trace"), **fields)
                     os._exit(give_up())
 
         minder = threading.Thread(target=mind, daemon=True)
@@ -107,13 +107,17 @@ class Ranks:
         training.leave()
 
     def blame(self) -> Ended | None:
-        """How another rank failed, if one did: what rank 0 sees of it is that an exchange broke off."""
-        for path in self._errors():
-            return Ended("failed", f"{json.loads(path.read_text())['reason']} (rank {path.stem.split('-')[1]})")
-        return None
+        """How another rank failed, if one did: all that rank 0 sees of it is an exchange that breaks off."""
+        deadline = time.monotonic() + GRACE_S / 2  # connections close a moment before the reason is written
+        while not self._errors() and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+        told = self._told()
+        return Ended("failed", f"{told['reason']} (rank {told['rank']})") if told else None
 
-    def _trace(self) -> str | None:
-        return next((str(json.loads(path.read_text())["trace"]) for path in self._errors()), None)
+    def _told(self) -> dict[str, Any] | None:
+        """What the rank says that failed first; the others, as rank 0, only miss it."""
+        told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in self._errors()]
+        return min(told, key=lambda error: str(error["reason"]).startswith("comms:"), default=None)
 
     @staticmethod
     def _name(call: dict[str, Any]) -> str:
@@ -139,7 +143,7 @@ class Ranks:
             except Exception as error:
                 trace = traceback.format_exc()
                 print(trace, file=sys.stderr)
-                told = {"reason": worker.failed(error).reason, "trace": trace}
+                told = {"reason": worker.failed(error).reason, "trace": trace, "rank": self.rank}
                 rundir.atomic_write(self.study, self.scratch / f"error-{self.rank}.json", told, sync=False)
                 time.sleep(3 * GRACE_S)  # rank 0 ends the job; an exit code of ours would do so before it has written
                 return 1

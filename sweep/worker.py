@@ -351,7 +351,7 @@ def _attempt(attempt: Attempt) -> str:
     except Exception as error:
         ended, trace = failed(error), traceback.format_exc()
         print(trace, file=sys.stderr)
-        if attempt.team is not None:
+        if attempt.team is not None and failures.classify(error) == "comms":
             ended = attempt.team.blame() or ended
     outcome: str = ended.state
     try:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from pathlib import Path
+
 import pytest
 
-from sweep import rundir, tables
+from sweep import ranks, rundir, tables
+from sweep.attempt import Stop
 from tests.faults import Launcher, element, events, planned, preempts, rows, runs, trains
+
+
+def told(folder: Path, rank: int, reason: str) -> None:
+    (folder / f"error-{rank}.json").write_text(json.dumps({"reason": reason, "trace": "Traceback ...", "rank": rank}))
+
+
+def test_the_rank_that_failed_is_blamed_and_not_those_that_miss_it(tmp_path):
+    held = ranks.Ranks(tmp_path, tmp_path, rank=0, size=4, local_rank=0, stop=Stop, address="127.0.0.1")
+    told(tmp_path, 1, "comms: RuntimeError: Connection closed by peer")
+    told(tmp_path, 2, "oom_gpu: OutOfMemoryError: out of memory")
+    told(tmp_path, 3, "comms: RuntimeError: Connection closed by peer")
+    assert held.blame() == ("failed", "oom_gpu: OutOfMemoryError: out of memory (rank 2)")
+
+
+def test_a_reason_that_is_written_a_moment_late_is_waited_for_and_one_that_never_comes_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "GRACE_S", 2.0)
+    held = ranks.Ranks(tmp_path, tmp_path, rank=0, size=2, local_rank=0, stop=Stop, address="127.0.0.1")
+    assert held.blame() is None
+    late = threading.Timer(0.3, told, (tmp_path, 1, "node: RuntimeError: uncorrectable ECC error"))
+    late.start()
+    assert held.blame() == ("failed", "node: RuntimeError: uncorrectable ECC error (rank 1)")
 
 
 @pytest.mark.timeout(600)
