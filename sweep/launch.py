@@ -127,10 +127,11 @@ def _bring(study: Path, title: str, pending: list[Row], done: int, total: int, o
     folder.mkdir(parents=True)
     folder.parent.chmod(0o700)  # submitit pickles what it runs
     in_hand = batches.covered(batches.opened(study))
-    for run_id in wanted:
-        rundir.register(study, configs[run_id])
-        if run_id not in in_hand or rundir.status(study, run_id)["state"] in ("failed", "cancelled"):
-            _reopen(study, run_id, options.retry)
+    for row in pending:
+        rundir.register(study, configs[row["run_id"]])
+        state = rundir.status(study, row["run_id"])["state"]
+        if row["run_id"] not in in_hand or state in ("failed", "cancelled"):
+            _reopen(study, row, options.retry)
     print(f"{title}: {len(pending)} of {total} runs to do, {watch.about()}", flush=True)
     if options.detach:
         print(f"{title}: {watch.leave()}; the same command without --detach waits for them")
@@ -159,15 +160,18 @@ def _place(study: Path, rows: list[Row], configs: dict[str, Row], folder: Path, 
     return Cluster(study, rows, configs, folder, options)
 
 
-def _reopen(study: Path, run_id: str, retry: bool) -> None:
+def _reopen(study: Path, row: Row, retry: bool) -> None:
     """Let a run that nobody has in hand start with a clean slate."""
-    status, holder = rundir.status(study, run_id), rundir.holder(study, run_id)
+    holder = rundir.holder(study, row["run_id"])  # first: a run that ends says so before it is given back
+    status = rundir.status(study, row["run_id"])
     if (holder and holder.alive) or status["state"] == "interrupted":
         return
+    if status["state"] in ("done", "diverged") and rundir.finished(study, status, row["points"], row["encode"]):
+        return  # since it was found to be pending, by another launch
     if status["state"] != "planned" or status.get("retries"):
         # who asks for a retry may have more memory now
         sizes = dict.fromkeys(("micro_batch", "measure_batch")) if retry and status.get("attempt") else {}
-        rundir.mark(study, run_id, "planned", retries={}, **sizes)
+        rundir.mark(study, row["run_id"], "planned", retries={}, **sizes)
 
 
 def _report(

@@ -446,6 +446,20 @@ def test_a_failed_measurement_keeps_nothing_else_from_running(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("still")
+def test_a_run_that_another_launch_finished_meanwhile_is_not_done_again(tmp_path, monkeypatch):
+    study = planned(tmp_path)
+    registered = rundir.register
+
+    def late(folder: Path, config: dict[str, Any]) -> None:  # between the look at what is to do and the start
+        registered(folder, config)
+        done(study, "tokenizer")
+
+    monkeypatch.setattr(rundir, "register", late)
+    assert launch.main([str(study), "--stage", "tokenizer"]) == 0
+    assert states(study, "tokenizer") == ["done", "done"]
+
+
+@pytest.mark.usefixtures("still")
 def test_a_run_with_a_new_point_is_to_do_again(tmp_path, capsys):
     study = planned(tmp_path, seeds="[0]")
     done(study, "tokenizer")
