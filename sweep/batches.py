@@ -130,7 +130,6 @@ class Queue:
         self.waits: dict[str, str] = {}  # element that has not started -> why
         self.lived: set[tuple[str, int]] = set()  # what some answer showed that was not over
         self.missing: dict[tuple[str, int], int] = {}
-        self.answers = 0
         self.silent_since: float | None = None
         self.silence = ""
 
@@ -141,7 +140,7 @@ class Queue:
             self.silent_since = self.silent_since or time.monotonic()
             self.silence = failed
             return
-        self.silent_since, self.answers = None, self.answers + 1
+        self.silent_since = None
         shown = {(task.name, task.place): task for task in tasks}
         self.jobs = {task.name: task.job for task in tasks}
         self.states |= {key: task.state for key, task in shown.items()}
