@@ -21,9 +21,9 @@ import pandas as pd
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.fit import Refusal
 from analysis.laws import Array
 from analysis.load import differing
+from analysis.refusal import Refusal
 
 Sum = Literal["generator", "total", "inference"]
 A_DECADE = 4  # budgets per decade of compute where points were planned by their steps

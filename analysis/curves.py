@@ -17,8 +17,9 @@ import pandas as pd
 from scipy import stats
 
 from analysis.arms import Arm, Envelope, envelope_table, identity, mean_curve, resampled
-from analysis.fit import MISFIT, Fit, Refusal, fit, solve
+from analysis.fit import MISFIT, Fit, fit, solve
 from analysis.laws import FORMS, Array
+from analysis.refusal import Refusal
 from analysis.uncertainty import (
     DRAWS,
     LEVEL,

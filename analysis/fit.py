@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from analysis.laws import FORMS, Array, Form
+from analysis.refusal import Refusal
 
 ITERATIONS = 200
 MISFIT = math.log(1.2)  # means that lie further off a law (root mean square of ln y) do not follow it
@@ -33,15 +34,6 @@ COLLINEAR = 1e13  # condition number from which parameters cannot be told apart
 BOUND = 1e-9  # distance to a bound, relative to order one, that counts as at the bound
 Residuals = Literal["log", "raw"]
 Index = NDArray[np.intp]
-
-
-class Refusal(ValueError):
-    """A fit that would mislead: a code for programs, a sentence for people."""
-
-    def __init__(self, code: str, sentence: str) -> None:
-        super().__init__(f"{sentence} ({code})")
-        self.code = code
-        self.sentence = sentence
 
 
 def solve(

@@ -18,8 +18,9 @@ import polars as pl
 from analysis import load, prediction, study, tuning
 from analysis.arms import Arm, envelope_table, named, words
 from analysis.curves import Law, law
-from analysis.fit import Refusal, compare
+from analysis.fit import compare
 from analysis.frontier import Crossing, arms_of, best, candidates, crossings
+from analysis.refusal import Refusal
 from analysis.uncertainty import Interval, short, spearman, spread
 
 SHARED = 10  # generators that share stage 1 in the report's second reading of total compute

@@ -18,8 +18,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from analysis.fit import Fit, Refusal, solve
+from analysis.fit import Fit, solve
 from analysis.laws import FORMS, Array
+from analysis.refusal import Refusal
 
 LEVEL = 0.95
 DRAWS = 1000

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import check_grad, least_squares
 
-from analysis.fit import Fit, Refusal, compare, fit, solve
+from analysis.fit import Fit, compare, fit, solve
 from analysis.laws import FORMS
+from analysis.refusal import Refusal
 
 X = np.geomspace(1e9, 1e11, 6)
 

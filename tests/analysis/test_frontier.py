@@ -27,8 +27,9 @@ from analysis.arms import (
     same_candidates,
 )
 from analysis.curves import curve, law, misfit
-from analysis.fit import Refusal, fit
+from analysis.fit import fit
 from analysis.frontier import arms_of, best, crossing
+from analysis.refusal import Refusal
 from analysis.uncertainty import delta, resample_units
 
 FID = "fid_digits_supervised"

@@ -9,7 +9,7 @@ import pytest
 
 from analysis import load, report, study, tuning
 from analysis.arms import arm
-from analysis.fit import Refusal
+from analysis.refusal import Refusal
 
 FID = "fid_digits_supervised"
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.fit import Refusal, fit
+from analysis.fit import fit
+from analysis.refusal import Refusal
 from analysis.uncertainty import (
     Interval,
     delta,

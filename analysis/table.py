@@ -1,0 +1,111 @@
+"""What is in someone's table? CSV, Parquet and JSONL files as polars, with filters and derived columns in SQL.
+
+Expressions (``--where "loss < 3.45"``, ``--derive "D=flops/(6*params)"``) are polars SQL expressions and nothing else;
+a name with spaces or capitals is written in double quotes there: ``"Model Size"``. Integers become float64 first: as
+int64, 6 N D overflows without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
+    ".csv": lambda path: pl.read_csv(path, infer_schema_length=None, null_values=["", "NA", "nan", "NaN", "null"]),
+    ".tsv": lambda path: pl.read_csv(path, separator="\t", infer_schema_length=None, null_values=["", "NA"]),
+    ".parquet": pl.read_parquet,
+    ".jsonl": lambda path: pl.read_ndjson(path, infer_schema_length=None),
+    ".ndjson": lambda path: pl.read_ndjson(path, infer_schema_length=None),
+}
+
+
+class TableError(ValueError):
+    """A file or an argument that cannot be used: what was given, and what is allowed, in one line. Exit code 2."""
+
+
+def read(file: str | os.PathLike[str]) -> pl.DataFrame:
+    """A table, by the end of its name; integers as float64. Raises ``TableError``."""
+    path = Path(file)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise TableError(f"{path}: a table ends in {', '.join(READERS)}")
+    if not path.is_file():
+        raise TableError(f"{path}: no such file")
+    try:
+        frame = reader(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise TableError(f"{path}: not readable as {path.suffix}: {_first_line(error)}") from error
+    return frame.with_columns(pl.selectors.integer().cast(pl.Float64))
+
+
+def derive(frame: pl.DataFrame, assignments: Sequence[str]) -> pl.DataFrame:
+    """Adds a column per assignment ``"NAME=expression"``, in order. Raises ``TableError``."""
+    for assignment in assignments:
+        name, mark, expression = assignment.partition("=")
+        if not mark or not name.strip() or not expression.strip():
+            raise TableError(f'--derive: got {assignment!r}; write "NAME=expression", for example "D=flops/(6*params)"')
+        frame = _sql(frame, "--derive", expression, name.strip())
+    return frame
+
+
+def where(frame: pl.DataFrame, conditions: Sequence[str]) -> pl.DataFrame:
+    """The rows for which every condition holds. Raises ``TableError``, also when none is left."""
+    for condition in conditions:
+        kept = _sql(frame, "--where", condition, None)
+        if kept.is_empty():
+            raise TableError(f"--where: {condition!r} leaves none of {len(frame)} rows")
+        frame = kept
+    return frame
+
+
+def column(frame: pl.DataFrame, name: str, option: str) -> pl.Series:
+    """A column by its name as it stands in the file (spaces and all). Raises ``TableError`` naming the others."""
+    if name not in frame.columns:
+        raise TableError(f"{option}: got {name!r}; columns: {', '.join(frame.columns)}")
+    return frame[name]
+
+
+def numbers(frame: pl.DataFrame, name: str, option: str) -> NDArray[np.float64]:
+    """A column as float64, NaN where it is null. Raises ``TableError`` for text that is no number."""
+    held = column(frame, name, option)
+    try:
+        return held.cast(pl.Float64).to_numpy().astype(np.float64)
+    except pl.exceptions.PolarsError as error:
+        raise TableError(f"{option}: {name!r} holds {held.dtype}, not numbers: {_first_line(error)}") from error
+
+
+def labels(frame: pl.DataFrame, names: Sequence[str], option: str) -> list[str]:
+    """One label per row from one or several columns, joined by " / "; a null is written "none"."""
+    parts = [column(frame, name, option).cast(pl.String).fill_null("none").to_list() for name in names]
+    return [" / ".join(row) for row in zip(*parts, strict=True)]
+
+
+def write_json(path: str | os.PathLike[str], held: Any) -> None:
+    """Write JSON whole or not at all."""
+    target = Path(path)
+    staged = target.with_name(f".{target.name}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged.write_text(json.dumps(held, indent=1, allow_nan=False) + "\n")
+    staged.replace(target)
+
+
+def _sql(frame: pl.DataFrame, option: str, expression: str, name: str | None) -> pl.DataFrame:
+    """Adds the expression as column ``name``, or keeps the rows for which it holds."""
+    try:
+        made = pl.sql_expr(expression)
+        return frame.filter(made) if name is None else frame.with_columns(made.alias(name))
+    except pl.exceptions.ColumnNotFoundError as error:
+        raise TableError(f"{option}: {expression!r}: no such column; columns: {', '.join(frame.columns)}") from error
+    except pl.exceptions.PolarsError as error:
+        raise TableError(f"{option}: {expression!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
