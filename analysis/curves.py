@@ -17,9 +17,11 @@ import pandas as pd
 from scipy import stats
 
 from analysis.arms import Arm, Envelope, envelope_table, identity, mean_curve, resampled
-from analysis.fit import MISFIT, Fit, fit, solve
-from analysis.laws import FORMS, Array
+from analysis.fit import MISFIT, Fit, fit
+from analysis.forms import FORMS
+from analysis.laws import Array
 from analysis.refusal import Refusal
+from analysis.solver import solve
 from analysis.uncertainty import (
     DRAWS,
     LEVEL,

@@ -20,72 +20,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
-from analysis.laws import FORMS, Array, Form
+from analysis.forms import FORMS
+from analysis.laws import Array, Form
 from analysis.refusal import Refusal
+from analysis.solver import Objective, Residuals, solve
 
-ITERATIONS = 200
 MISFIT = math.log(1.2)  # means that lie further off a law (root mean square of ln y) do not follow it
-TOLERANCE = 1e-12  # relative step at which a refit has converged
 SAME = 0.02  # values of ln x this close are one design point
 COLLINEAR = 1e13  # condition number from which parameters cannot be told apart
 BOUND = 1e-9  # distance to a bound, relative to order one, that counts as at the bound
-Residuals = Literal["log", "raw"]
-Index = NDArray[np.intp]
-
-
-def solve(
-    form: Form, x: Array, y: Array, weights: Array, residuals: Residuals = "log"
-) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Least-squares refits in one batch: theta [B, p], weighted sum of squares [B], converged [B].
-
-    ``x [B, n, d]`` and ``y [B, n]`` of order one, ``weights [B, n]`` >= 0 (0 leaves a point out).
-    Levenberg-Marquardt from the form's own start; a parameter at a bound with its gradient outwards stays there.
-    """
-
-    def evaluate(theta: Array, rows: Index) -> tuple[Array, Array]:
-        value = form.value(theta, x[rows])
-        return (y[rows] - value if residuals == "raw" else np.log(y[rows]) - np.log(value)), value
-
-    count, p = len(y), len(form.parameters)
-    theta = np.clip(form.start(x, y, weights), form.lower, form.upper)
-    cost = (weights * evaluate(theta, np.arange(count))[0] ** 2).sum(1)
-    damping = np.full(count, 1e-3)
-    converged = np.zeros(count, bool)
-    eye = np.eye(p)
-    for _ in range(ITERATIONS):
-        rows = np.flatnonzero(~converged)
-        if not len(rows):
-            break
-        current = theta[rows]
-        residual, value = evaluate(current, rows)
-        jacobian = form.jacobian(current, x[rows])
-        if residuals == "log":
-            jacobian = jacobian / value[..., None]
-        w = weights[rows]
-        gradient = np.einsum("bnp,bn->bp", jacobian, w * residual)
-        hessian = np.einsum("bnp,bn,bnq->bpq", jacobian, w, jacobian)
-        held = ((current <= form.lower) & (gradient < 0)) | ((current >= form.upper) & (gradient > 0))
-        gradient = np.where(held, 0.0, gradient)
-        free = ~held
-        hessian = hessian * (free[:, :, None] & free[:, None, :])
-        diagonal = np.einsum("bpp->bp", hessian)
-        ridge = damping[rows, None] * diagonal + 1e-15 * diagonal.max(1, keepdims=True) + 1e-300
-        hessian = hessian + (np.where(held, 1.0, ridge))[:, :, None] * eye
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        trial = np.clip(current + step, form.lower, form.upper)
-        moved = np.abs(trial - current) / (1.0 + np.abs(current))
-        tried = (w * evaluate(trial, rows)[0] ** 2).sum(1)
-        # near the optimum a step changes the sum by less than its rounding; it still improves theta
-        better = tried <= cost[rows] * (1 + 1e-13) + 1e-300
-        theta[rows[better]] = trial[better]
-        cost[rows[better]] = tried[better]
-        damping[rows] = np.clip(np.where(better, damping[rows] / 10, damping[rows] * 10), 1e-14, 1e14)
-        # a step too small to matter, or none in any direction that helps any more
-        converged[rows] = (moved.max(1) < TOLERANCE) | (~better & (damping[rows] > 1e10))
-    return theta, cost, converged
 
 
 @dataclass(frozen=True)
@@ -154,7 +100,7 @@ class Fit:
         inputs = flat.reshape(len(flat), -1) / np.asarray(self.pivots)
         theta = np.asarray(self.theta)[None]
         value = law.value(theta, inputs[None])[0]
-        return flat, value * self.scale, law.jacobian(theta, inputs[None])[0] / value[:, None]
+        return flat, value * self.scale, law.jacobian(theta, inputs[None])[0].T / value[:, None]
 
     def predict(self, x: ArrayLike) -> Array:
         """The fitted curve at x [m] (or [m, d])."""
@@ -275,7 +221,7 @@ def _jackknife(
     names = sorted(set(labels))
     kept = np.array([[label != name for label in labels] for name in names], np.float64) * weights
     count = len(names)
-    theta, _, _ = solve(form, np.repeat(x[None], count, 0), np.repeat(y[None], count, 0), kept, residuals)
+    theta, _, _ = solve(form, x[None], y[None], kept, Objective(residuals))
     centered = theta - theta.mean(0)
     if not (np.abs(centered) > BOUND).any():
         return None, "the groups agree to the last digit, so their spread says nothing"
@@ -311,10 +257,10 @@ def fit(
     pivots = np.exp(np.log(at).mean(0))
     scale = float(np.exp(np.log(out).mean()))
     scaled_x, scaled_y = at / pivots, out / scale
-    theta, cost, converged = solve(law, scaled_x[None], scaled_y[None], weight[None], residuals)
+    theta, cost, converged = solve(law, scaled_x[None], scaled_y[None], weight[None], Objective(residuals))
     n, p = len(out), len(law.parameters)
     value = law.value(theta, scaled_x[None])[0]
-    gradient = law.jacobian(theta, scaled_x[None])[0]
+    gradient = law.jacobian(theta, scaled_x[None])[0].T
     if residuals == "log":
         gradient = gradient / value[:, None]
     natural, change = law.natural(theta, pivots, scale)
@@ -350,7 +296,7 @@ def fit(
         form=form,
         formula=law.formula,
         residuals=residuals,
-        estimator=f"least squares on {residuals} residuals, variable projection and Levenberg-Marquardt",
+        estimator=f"least squares on {residuals} residuals, variable projection and damped Newton steps",
         selection=selection,
         inputs=tuple(inputs),
         output=output,

@@ -32,7 +32,7 @@ from analysis.arms import (
     words,
 )
 from analysis.curves import GRID, curve, given_half, law, mean_fit, saturates, standard_error
-from analysis.laws import FORMS
+from analysis.forms import FORMS
 from analysis.load import StudyError
 from analysis.refusal import Refusal
 from analysis.uncertainty import (

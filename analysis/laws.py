@@ -1,31 +1,51 @@
-"""Which functional forms can a metric follow? Values, Jacobians, bounds and starts, batched; numpy only.
+"""Which functional forms can a metric follow? Values, derivatives, bounds and starts, batched; numpy only.
 
 A form sees inputs divided by their pivots and a metric divided by its scale (geometric means both), so that units
-change nothing. Shapes: ``theta [B, p]`` internal parameters, ``x [B, n, d]`` inputs, values ``[B, n]``, Jacobians
-``[B, n, p]``; B counts refits of a bootstrap.
+change nothing. Shapes: ``theta [B, p]`` internal parameters, ``x [B, n, d]`` inputs (B may be 1: the same points for
+every refit), values ``[B, n]``, Jacobians ``[B, p, n]``; B counts refits of a bootstrap.
+
+Most laws are sums of products of powers above an optional asymptote (``Sum``): linear in their amplitudes once the
+exponents are given, which is what starts use. The others are in ``analysis.shapes``, all of them in ``analysis.forms``.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Bounds = tuple[float, float]
 
-EXPONENT = (0.01, 5.0)  # bounds of an exponent: flatter or steeper than any curve seen, reported when reached
-AMPLITUDE = (-27.0, 27.0)  # bounds of ln(amplitude / scale)
-SCAN = np.geomspace(0.02, 4.0, 40)  # exponents tried before the polish
+EXPONENT: Bounds = (0.01, 5.0)  # of an exponent: flatter or steeper than any curve seen, reported when reached
+AMPLITUDE: Bounds = (-27.0, 27.0)  # of ln(amplitude / scale)
+SPREAD = {1: 40, 2: 16, 3: 8, 4: 5}  # exponents tried before the polish, by their number in the form
+FEW = 4  # of them, where there are more
+KEPT = 6  # starts whose own loss is looked at
+SINGULAR = 1e-14  # share of the diagonal below which a determinant is rounding
 
 
 class Form(Protocol):
     """A functional form y(x; theta)."""
 
-    name: ClassVar[str]
-    formula: ClassVar[str]
-    parameters: ClassVar[tuple[str, ...]]  # as reported, in the caller's units
-    inputs: ClassVar[int]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def formula(self) -> str: ...
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """As reported, in the caller's units."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
 
     @property
     def lower(self) -> Array: ...
@@ -33,12 +53,24 @@ class Form(Protocol):
     @property
     def upper(self) -> Array: ...
 
+    @property
+    def positive(self) -> tuple[str, ...]:
+        """Parameters that span decades: their intervals are symmetric in the logarithm."""
+        ...
+
     def value(self, theta: Array, x: Array) -> Array: ...
 
     def jacobian(self, theta: Array, x: Array) -> Array: ...
 
-    def start(self, x: Array, y: Array, weights: Array) -> Array:
-        """theta [B, p] close enough to the optimum for a local polish. y [B, n] > 0, weights [B, n] >= 0."""
+    def curvature(self, theta: Array, x: Array, weights: Array) -> Array:
+        """Sum over points of weights [B, n] times the second derivatives of the value: [B, p, p]."""
+        ...
+
+    def starts(self, x: Array, y: Array, weights: Array, count: int = 1) -> Array:
+        """``theta [B, count, p]`` close enough to the optimum for a local polish, best first.
+
+        y [B, n] > 0, weights [B, n] >= 0.
+        """
         ...
 
     def natural(self, theta: Array, pivots: Array, scale: float) -> tuple[Array, Array]:
@@ -46,96 +78,233 @@ class Form(Protocol):
         ...
 
 
-class Power:
-    """y = A x^-a: no asymptote. Always fitted beside forms that have one."""
+class Power(NamedTuple):
+    """A factor of a term: the product of ``inputs``, as logarithms, times sign x exponent, exponentiated."""
 
-    name: ClassVar[str] = "power"
-    formula: ClassVar[str] = "y = A x^-a"
-    parameters: ClassVar[tuple[str, ...]] = ("A", "a")
-    inputs: ClassVar[int] = 1
-    lower = np.array([AMPLITUDE[0], EXPONENT[0]])
-    upper = np.array([AMPLITUDE[1], EXPONENT[1]])
-
-    def value(self, theta: Array, x: Array) -> Array:
-        return np.asarray(np.exp(theta[:, :1] - theta[:, 1:2] * np.log(x[..., 0])))
-
-    def jacobian(self, theta: Array, x: Array) -> Array:
-        y = self.value(theta, x)
-        return np.stack([y, -y * np.log(x[..., 0])], axis=-1)
-
-    def start(self, x: Array, y: Array, weights: Array) -> Array:
-        u, v = np.log(x[..., 0]), np.log(y)
-        total = weights.sum(1, keepdims=True)
-        du = u - (weights * u).sum(1, keepdims=True) / total
-        mean = (weights * v).sum(1, keepdims=True) / total
-        spread = np.maximum((weights * du * du).sum(1), 1e-300)
-        slope = -(weights * du * (v - mean)).sum(1) / spread
-        slope = np.clip(slope, self.lower[1], self.upper[1])
-        center = mean[:, 0] + slope * ((weights * u).sum(1) / total[:, 0])
-        return np.stack([np.clip(center, *AMPLITUDE), slope], axis=-1)
-
-    def natural(self, theta: Array, pivots: Array, scale: float) -> tuple[Array, Array]:
-        b, a = theta.T
-        log_pivot = float(np.log(pivots[0]))
-        amplitude = scale * np.exp(b + a * log_pivot)
-        jacobian = np.zeros((len(theta), 2, 2))
-        jacobian[:, 0, 0], jacobian[:, 0, 1], jacobian[:, 1, 1] = amplitude, amplitude * log_pivot, 1.0
-        return np.stack([amplitude, a], axis=-1), jacobian
+    exponent: str
+    sign: int
+    inputs: tuple[int, ...]  # one: x_i^(sign e). Two: exp(sign e ln x_i ln x_j), an exponent that moves with an input
 
 
-class Saturating:
-    """y = E + A x^-a with E >= 0: a power law above an asymptote (as gFID(C) in CRT, arXiv 2412.16326).
+class Term(NamedTuple):
+    amplitude: str
+    powers: tuple[Power, ...]
 
-    theta = (E, ln A, a) in scaled units. For a given exponent the form is linear in (E, A): the start scans the
-    exponent, solves for the other two with non-negativity and weights 1/y^2, which are log residuals to first
-    order, and keeps the best by the log residuals themselves (variable projection).
+
+@dataclass(frozen=True)
+class Sum:
+    """y = E + sum_k A_k prod_m x^(sign e_m): asymptote E >= 0 (optional), amplitudes A_k > 0, bounded exponents.
+
+    ``theta`` = (E, ln A_1, ..., e_1, ...) in scaled units, in the order of ``parameters``.
     """
 
-    name: ClassVar[str] = "saturating"
-    formula: ClassVar[str] = "y = E + A x^-a"
-    parameters: ClassVar[tuple[str, ...]] = ("E", "A", "a")
-    inputs: ClassVar[int] = 1
-    lower = np.array([0.0, AMPLITUDE[0], EXPONENT[0]])
-    upper = np.array([np.inf, AMPLITUDE[1], EXPONENT[1]])
+    name: str
+    formula: str
+    inputs: tuple[str, ...]
+    terms: tuple[Term, ...]
+    offset: str | None = None
+    bounds: tuple[tuple[str, Bounds], ...] = ()  # of exponents, where they are not those of EXPONENT
+    tied: tuple[tuple[str, ...], ...] = ()  # exponents that are equal in the starts
+
+    @cached_property
+    def exponents(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(power.exponent for term in self.terms for power in term.powers))
+
+    @cached_property
+    def positive(self) -> tuple[str, ...]:
+        return tuple(term.amplitude for term in self.terms)
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        return (*([self.offset] if self.offset else []), *self.positive, *self.exponents)
+
+    @cached_property
+    def lower(self) -> Array:
+        return np.array([low for low, _ in self._limits])
+
+    @cached_property
+    def upper(self) -> Array:
+        return np.array([high for _, high in self._limits])
+
+    @cached_property
+    def _limits(self) -> list[Bounds]:
+        own = dict(self.bounds)
+        first: list[Bounds] = [(0.0, np.inf)] if self.offset else []
+        return [*first, *[AMPLITUDE] * len(self.terms), *[own.get(name, EXPONENT) for name in self.exponents]]
+
+    @cached_property
+    def _places(self) -> list[tuple[int, list[int]]]:
+        """Per term: where its amplitude and its exponents stand in theta."""
+        names = self.parameters
+        return [
+            (names.index(term.amplitude), [names.index(e) for e in dict.fromkeys(p.exponent for p in term.powers)])
+            for term in self.terms
+        ]
+
+    def _features(self, log_x: Array) -> list[Array]:
+        """Per term [B, q, n]: what each of its exponents multiplies in the logarithm of the term."""
+        made = []
+        for term in self.terms:
+            rows: dict[str, Array] = {}
+            for power in term.powers:
+                feature = power.sign * np.prod([log_x[..., i] for i in power.inputs], axis=0)
+                rows[power.exponent] = rows.get(power.exponent, 0.0) + feature
+            made.append(np.stack(list(rows.values()), axis=-2))
+        return made
+
+    def _terms(self, theta: Array, features: Sequence[Array]) -> list[Array]:
+        found = []
+        for (amplitude, exponents), feature in zip(self._places, features, strict=True):
+            log = theta[:, amplitude, None] + sum(
+                theta[:, place, None] * feature[:, i] for i, place in enumerate(exponents)
+            )
+            found.append(np.exp(log))
+        return found
 
     def value(self, theta: Array, x: Array) -> Array:
-        return np.asarray(theta[:, :1] + np.exp(theta[:, 1:2] - theta[:, 2:3] * np.log(x[..., 0])))
+        terms = self._terms(theta, self._features(np.log(x)))
+        return np.asarray(sum(terms) + (theta[:, :1] if self.offset else 0.0))
 
     def jacobian(self, theta: Array, x: Array) -> Array:
-        u = np.log(x[..., 0])
-        power = np.exp(theta[:, 1:2] - theta[:, 2:3] * u)
-        return np.stack([np.ones_like(power), power, -power * u], axis=-1)
+        features = self._features(np.log(x))
+        made = np.zeros((len(theta), theta.shape[1], x.shape[1]))
+        if self.offset:
+            made[:, 0] = 1.0
+        terms = self._terms(theta, features)
+        for (amplitude, exponents), feature, term in zip(self._places, features, terms, strict=True):
+            made[:, amplitude] = term
+            for i, place in enumerate(exponents):
+                made[:, place] += term * feature[:, i]
+        return made
 
-    def start(self, x: Array, y: Array, weights: Array) -> Array:
-        u = np.log(x[..., 0])
-        basis = np.exp(-SCAN[:, None] * u[:, None, :])  # [B, scan, n]
-        w = (weights / (y * y))[:, None, :]
-        target = y[:, None, :]
-        s11, s12, s22 = w.sum(-1), (w * basis).sum(-1), (w * basis * basis).sum(-1)
-        t1, t2 = (w * target).sum(-1), (w * basis * target).sum(-1)
-        determinant = s11 * s22 - s12 * s12
-        safe = np.where(determinant > 1e-14 * s11 * s22, determinant, np.inf)
-        asymptote, amplitude = (s22 * t1 - s12 * t2) / safe, (s11 * t2 - s12 * t1) / safe
-        alone = t2 / s22  # amplitude without an asymptote
-        free = (asymptote > 0) & (amplitude > 0)
-        asymptote = np.where(free, asymptote, 0.0)
-        amplitude = np.where(free, amplitude, alone)
-        fitted = asymptote[..., None] + amplitude[..., None] * basis
-        loss = (weights[:, None, :] * (np.log(target) - np.log(fitted)) ** 2).sum(-1)
-        best = np.argmin(loss, axis=1)
-        rows = np.arange(len(y))
-        log_amplitude = np.clip(np.log(amplitude[rows, best]), *AMPLITUDE)
-        return np.stack([asymptote[rows, best], log_amplitude, SCAN[best]], axis=-1)
+    def curvature(self, theta: Array, x: Array, weights: Array) -> Array:
+        features = self._features(np.log(x))
+        made = np.zeros((len(theta), theta.shape[1], theta.shape[1]))
+        terms = self._terms(theta, features)
+        for (amplitude, exponents), feature, term in zip(self._places, features, terms, strict=True):
+            gradient = np.concatenate([np.ones_like(feature[:, :1]), feature], axis=1)
+            block = (gradient * (weights * term)[:, None]) @ np.swapaxes(gradient, 1, 2)
+            at = [amplitude, *exponents]
+            made[:, np.array(at)[:, None], np.array(at)] += block
+        return made
+
+    def _scan(self) -> Array:
+        """Exponents to try, [grid, exponents]."""
+        own, among = dict(self.bounds), {name: group[0] for group in self.tied for name in group}
+        free = list(dict.fromkeys(among.get(name, name) for name in self.exponents))
+        axes = []
+        for name in free:
+            low, high = own.get(name, EXPONENT)
+            if low < 0 < high:  # an exponent of either sign
+                axes.append(np.array([0.2 * low, 0.0, 0.2 * high]))
+            else:
+                axes.append(np.geomspace(max(2 * low, 0.02), 0.8 * high, SPREAD.get(len(free), FEW)))
+        grid = np.array(list(itertools.product(*axes)))
+        return grid[:, [free.index(among.get(name, name)) for name in self.exponents]]
+
+    def starts(self, x: Array, y: Array, weights: Array, count: int = 1) -> Array:
+        """Variable projection: for given exponents, amplitudes and asymptote by non-negative least squares.
+
+        Weights 1/y^2 make raw residuals those of ln y to first order; the best by that loss are ranked by the log
+        residuals themselves.
+        """
+        scan, p = self._scan(), len(self.parameters)
+        linear = len(self.terms) + bool(self.offset)
+        features = self._features(np.log(x))
+        basis = []  # [B, grid, n] each
+        if self.offset:
+            basis.append(np.ones((len(x), len(scan), x.shape[1])))
+        for (_, exponents), feature in zip(self._places, features, strict=True):
+            chosen = scan[:, [place - linear for place in exponents]]
+            basis.append(np.exp(np.clip(np.einsum("gq,bqn->bgn", chosen, feature), -600.0, 600.0)))
+        w = weights / (y * y)
+        cross = np.empty((len(y), len(scan), linear, linear))
+        target = np.empty((len(y), len(scan), linear))
+        for i, j in itertools.combinations_with_replacement(range(linear), 2):
+            cross[:, :, i, j] = cross[:, :, j, i] = _weighted(basis[i] * basis[j], w)
+        for i in range(linear):
+            target[:, :, i] = _weighted(basis[i], w * y)
+        amplitudes, loss = non_negative(cross, target)
+        kept = np.argsort(loss, axis=1)[:, : max(KEPT, 2 * count)]
+        rows = np.arange(len(y))[:, None]
+        picked = amplitudes[rows, kept]
+        fitted = sum(
+            picked[:, :, i, None] * np.broadcast_to(basis[i], (len(y), *basis[i].shape[1:]))[rows, kept]
+            for i in range(linear)
+        )
+        own = (weights[:, None] * np.log(np.maximum(fitted, 1e-300) / y[:, None]) ** 2).sum(-1)
+        order = np.argsort(own, axis=1)[:, :count]
+        kept, picked = kept[rows, order], picked[rows, order]
+        theta = np.empty((len(y), kept.shape[1], p))
+        if self.offset:
+            theta[:, :, 0] = picked[:, :, 0]
+        first = int(bool(self.offset))
+        theta[:, :, first:linear] = np.log(np.maximum(picked[:, :, first:], 1e-300))
+        theta[:, :, linear:] = scan[kept]
+        return np.clip(theta, self.lower, self.upper)
 
     def natural(self, theta: Array, pivots: Array, scale: float) -> tuple[Array, Array]:
-        e, b, a = theta.T
-        log_pivot = float(np.log(pivots[0]))
-        amplitude = scale * np.exp(b + a * log_pivot)
-        jacobian = np.zeros((len(theta), 3, 3))
-        jacobian[:, 0, 0] = scale
-        jacobian[:, 1, 1], jacobian[:, 1, 2] = amplitude, amplitude * log_pivot
-        jacobian[:, 2, 2] = 1.0
-        return np.stack([scale * e, amplitude, a], axis=-1), jacobian
+        change, shift = self._unscale(np.log(pivots), float(np.log(scale)))
+        flat = theta @ change.T + shift
+        jacobian = np.repeat(change[None], len(theta), 0)
+        for i, name in enumerate(self.parameters):
+            if name == self.offset:
+                flat[:, i], jacobian[:, i] = scale * theta[:, i], scale * change[i]
+            elif name in self.positive:
+                with np.errstate(over="ignore"):
+                    flat[:, i] = np.exp(flat[:, i])
+                jacobian[:, i] = jacobian[:, i] * flat[:, i, None]
+        return flat, jacobian
+
+    def _unscale(self, pivots: Array, log_scale: float) -> tuple[Array, Array]:
+        """Logarithms of amplitudes, and exponents, of x and y as given: change [p, p] @ theta + shift [p]."""
+        change, shift = np.eye(len(self.parameters)), np.zeros(len(self.parameters))
+        names = self.parameters
+        for (amplitude, _), term in zip(self._places, self.terms, strict=True):
+            shift[amplitude] = log_scale
+            alone = {power.inputs[0]: power for power in term.powers if len(power.inputs) == 1}
+            for power in term.powers:
+                place = names.index(power.exponent)
+                if len(power.inputs) == 1:
+                    change[amplitude, place] -= power.sign * pivots[power.inputs[0]]
+                    continue
+                # (u - p)(v - q) = uv - qu - pv + pq: the exponents of u and v alone move, and so does the amplitude
+                (i, j), sign = power.inputs, power.sign
+                change[amplitude, place] += sign * pivots[i] * pivots[j]
+                for mine, other in ((i, j), (j, i)):
+                    change[names.index(alone[mine].exponent), place] -= sign * alone[mine].sign * pivots[other]
+        return change, shift
 
 
-FORMS: dict[str, Form] = {form.name: form for form in (Power(), Saturating())}
+def _weighted(basis: Array, weights: Array) -> Array:
+    """Sums over points of basis [1 or B, grid, n] times weights [B, n]: [B, grid]."""
+    if len(basis) == 1:
+        return np.asarray(weights @ basis[0].T)
+    return np.asarray((basis @ weights[:, :, None])[..., 0])
+
+
+def non_negative(cross: Array, target: Array) -> tuple[Array, Array]:
+    """Non-negative least squares from normal equations, all supports tried: c [..., k] and c'Sc - 2 c't [...].
+
+    ``cross [..., k, k]``, ``target [..., k]``; with k <= 4 there are at most 15 supports, and the best feasible one is
+    the optimum.
+    """
+    size = target.shape[-1]
+    best = np.zeros_like(target)
+    loss = np.zeros(target.shape[:-1])
+    for count in range(1, size + 1):
+        for support in itertools.combinations(range(size), count):
+            at = np.array(support)
+            block, right = cross[..., at[:, None], at], target[..., at]
+            root = np.sqrt(np.maximum(np.einsum("...ii->...i", block), 1e-300))
+            unit = block / root[..., :, None] / root[..., None, :]
+            fine = np.linalg.det(unit) > SINGULAR
+            unit = np.where(fine[..., None, None], unit, np.eye(count))
+            found = np.linalg.solve(unit, (right / root)[..., None])[..., 0] / root
+            gain = -(found * right).sum(-1)
+            better = fine & (found >= 0).all(-1) & (gain < loss)
+            loss = np.where(better, gain, loss)
+            chosen = np.zeros_like(target)
+            chosen[..., at] = found
+            best = np.where(better[..., None], chosen, best)
+    return best, loss

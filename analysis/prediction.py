@@ -24,7 +24,7 @@ from scipy import stats
 from analysis import load, study
 from analysis.arms import Arm, arm, envelope_table, mean_curve
 from analysis.fit import MISFIT, Fit, fit
-from analysis.laws import FORMS
+from analysis.forms import FORMS
 from analysis.refusal import Refusal
 from analysis.uncertainty import LEVEL
 

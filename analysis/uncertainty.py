@@ -18,9 +18,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from analysis.fit import Fit, solve
-from analysis.laws import FORMS, Array
+from analysis.fit import Fit
+from analysis.forms import FORMS
+from analysis.laws import Array
 from analysis.refusal import Refusal
+from analysis.solver import Objective, solve
 
 LEVEL = 0.95
 DRAWS = 1000
@@ -108,7 +110,7 @@ def parametric_t(fit: Fit, draws: int = 2 * DRAWS, seed: int = 0, level: float =
     scale = fit.sigma * np.sqrt(fit.dof / rng.chisquare(fit.dof, (draws, 1)))
     noise = scale * rng.standard_normal((draws, fit.n)) / np.sqrt(np.maximum(weights, 1e-300))
     y = center * np.exp(noise) if fit.residuals == "log" else np.maximum(center + noise, 1e-12)
-    theta, _, _ = solve(law, x, y, weights, fit.residuals)
+    theta, _, _ = solve(law, x, y, weights, Objective(fit.residuals))
     values, _ = law.natural(theta, np.asarray(fit.pivots), fit.scale)
     tails = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
     return {
