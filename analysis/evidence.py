@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -35,12 +34,6 @@ def caption(
     ]
     facts = {"sources": sources, "evidence": counts, "protocol": protocol, "not_concluded": never, **extra}
     return Caption(title, " ".join(parts), len(rows), facts)
-
-
-def shades(names: Sequence[str]) -> dict[str, Any]:
-    """One colour per name, dark to light: safe for colour-blind readers, and told apart in grey."""
-    palette = sns.color_palette("cividis", max(len(names) + 1, 3))
-    return {name: palette[i] for i, name in enumerate(names)}
 
 
 def ticks(axes: Axes, which: str, values: Sequence[float], labels: Mapping[float, str] | None = None) -> None:

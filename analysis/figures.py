@@ -1,10 +1,11 @@
 """What does a study look like? Every figure of a results folder, as PNG and SVG, with captions, tables and a report.
 
     python -m analysis.figures results/digits [--out DIR] [--only NAME]
+    python -m analysis.figures results/published
 
 A figure is made in three steps: data (``analysis.study``, ``analysis.report``), drawing (``analysis.scaling``,
 ``pictures``, ``checks``) in one theme (``analysis.theme``), and files, written here. What has not been measured yet is
-left out and said.
+left out and said. Figures from the literature are those of ``analysis.literature``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from analysis import checks, pictures, report, scaling, study
+from analysis import checks, literature, pictures, published, report, scaling, study
 from analysis.load import StudyError
 from analysis.report import Results
+from analysis.table import TableError
 from analysis.theme import Caption, Missing, theme
 
 DPI = 200
@@ -116,9 +118,17 @@ def save(figure: Figure, caption: Caption, out: Path, name: str) -> None:
 
 def draw(held: study.Study, out: Path, only: str | None = None) -> tuple[list[str], dict[str, str]]:
     """Draw what can be drawn: names of the figures, and why each of the others is missing."""
-    theme()
     results = Results(held)
-    wanted = drawings(held)
+    found = _draw({name: partial(each, results) for name, each in drawings(held).items()}, out, only)
+    if only is None and not held.points.is_empty():
+        report.write(results, out)
+    return found
+
+
+def _draw(
+    wanted: Mapping[str, Callable[[], tuple[Figure, Caption]]], out: Path, only: str | None
+) -> tuple[list[str], dict[str, str]]:
+    theme()
     if only is not None and only not in wanted:
         raise StudyError(f"--only: got {only!r}; allowed: {', '.join(wanted)}")
     drawn: list[str] = []
@@ -127,15 +137,25 @@ def draw(held: study.Study, out: Path, only: str | None = None) -> tuple[list[st
         if only not in (None, name):
             continue
         try:
-            figure, caption = drawing(results)
+            figure, caption = drawing()
         except Missing as reason:
             missing[name] = str(reason)
             continue
         save(figure, caption, out, name)
         drawn.append(name)
-    if only is None and not held.points.is_empty():
-        report.write(results, out)
     return drawn, missing
+
+
+def _literature(folder: Path, out: Path | None, only: str | None) -> int:
+    try:
+        drawn, _ = _draw(
+            {name: partial(each, folder) for name, each in literature.FIGURES.items()}, out or folder / "figures", only
+        )
+    except (StudyError, TableError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{out or folder / 'figures'}: {', '.join(drawn)}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="draw one figure, for example fig1_generation")
     arguments = parser.parse_args(argv)
     matplotlib.use("Agg")
+    if published.holds(Path(arguments.study)):
+        return _literature(Path(arguments.study), arguments.out, arguments.only)
     try:
         held = study.read(arguments.study)
         out = arguments.out or held.folder / "figures"

@@ -22,6 +22,11 @@ from analysis.table import TableError
 ROOT = Path(__file__).parents[1] / "results" / "published"
 
 
+def holds(folder: Path) -> bool:
+    """Whether a folder is one of published tables and not a study."""
+    return (folder / "sources").is_dir()
+
+
 def table(name: str, folder: Path = ROOT) -> pl.DataFrame:
     """One built table by its name in ``TABLES``. Raises ``TableError``."""
     if name not in TABLES:

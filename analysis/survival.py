@@ -40,10 +40,10 @@ class LogRank:
 
 
 def medians(time: ArrayLike, event: ArrayLike, group: Sequence[str]) -> tuple[Group, ...]:
-    """Kaplan-Meier medians by group, in order of their names. ``time`` [n] > 0 or not, ``event`` [n] 0 or 1.
+    """Kaplan-Meier medians by group, in order of their names. ``time`` [n] in any unit, ``event`` [n] 0 or 1.
 
     The median is the first time at which fewer than half have not reached the goal (SAS's convention, and that of
-    ``SurvfuncRight.quantile``); None where half or more never do.
+    ``SurvfuncRight.quantile``); None where that is not seen.
     """
     from statsmodels.duration.survfunc import SurvfuncRight  # a second to import, and only --compare needs it
 
@@ -53,7 +53,9 @@ def medians(time: ArrayLike, event: ArrayLike, group: Sequence[str]) -> tuple[Gr
         here = names == name
         median = float(SurvfuncRight(times[here], events[here]).quantile(0.5))
         reached, n = int(events[here].sum()), int(here.sum())
-        reason = None if np.isfinite(median) else f"{n - reached} of {n} never reach it, so half is never passed"
+        reason = (
+            None if np.isfinite(median) else f"{n - reached} of {n} are not seen to reach it, so half is not passed"
+        )
         found.append(Group(name, n, reached, None if reason else median, reason))
     return tuple(found)
 
