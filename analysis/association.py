@@ -149,7 +149,7 @@ def composite(columns: Sequence[Array]) -> Array:
     held = np.asarray(columns, np.float64)
     low, high = held.min(1, keepdims=True), held.max(1, keepdims=True)
     if (low == high).any():
-        raise Refusal("collinear", "a column that is the same in all units has no min-max scale")
+        raise Refusal("constant", "a column that is the same in all units has no min-max scale")
     scaled: Array = ((held - low) / (high - low)).mean(0)
     return scaled
 
@@ -181,7 +181,7 @@ def associate(
     values = np.array([units.values(name, kept) for name in [*names, *given]])
     for name, column in zip([*names, *given], values, strict=True):
         if np.ptp(column) <= 1e-12 * np.abs(column).max():
-            raise Refusal("collinear", f"{name} is the same in all {n} units")
+            raise Refusal("constant", f"{name} is the same in all {n} units")
     clusters = np.arange(n) if units.clusters is None else units.clusters[kept]
     groups = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
     if approach == "fisher" and len(groups) < n:

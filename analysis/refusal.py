@@ -9,6 +9,7 @@ EXIT_REFUSED = 3
 
 CODES = {
     "collinear": "the design cannot tell the parameters apart",
+    "constant": "a column that does not vary, where variation is the question",
     "different_points": "forms, arms or curves that were not measured on the same points",
     "duplicate_run": "a run stands twice, so it would count twice",
     "mixed_designs": "runs of several designs in one cell of a curve",
@@ -20,6 +21,7 @@ CODES = {
     "non_positive": "a metric or input that has to be positive is not",
     "not_finite": "a value is missing, infinite or has overflowed",
     "one_upstream_seed": "a contrast needs more than one seed of what differs",
+    "guided": "guided points for a quantity that is unguided by definition",
     "grouped": "a method that takes points as independent, on points that are not",
     "too_few": "fewer points, rates or budgets than the question needs",
     "wide_bracket": "a threshold is passed between two points too far apart to interpolate",

@@ -269,7 +269,7 @@ FOUR = {"x": [1.0, 2, 4, 3], "y": [1.0, 3, 2, 4]}
     [
         ({"x": [1.0, 2, 3, np.nan], "y": [1.0, 3, 2, 4]}, {}, "too_few", "3 of 4 units have x, y"),
         (FOUR | {"z": [1.0, 2, 2, 1]}, {"given": ["z"]}, "too_few", "needs 5"),
-        (FOUR | {"x": [0.1] * 4}, {}, "collinear", "x is the same in all 4 units"),
+        (FOUR | {"x": [0.1] * 4}, {}, "constant", "x is the same in all 4 units"),
         (FOUR | {"x": [1.0, 2, np.inf, 3]}, {}, "not_finite", "x is infinite in 1 of 4 units"),
         ({"x": range(6), "y": [1, 3, 2, 5, 4, 6], "z": range(0, 12, 2)}, {"given": ["z"]}, "collinear", "fix"),
     ],
@@ -341,7 +341,7 @@ def test_refused_pairs_stand_in_the_table_and_the_json(nine, tmp_path, capsys):
         "dropped": None,
         "interval_method": None,
         "reason": "flat is the same in all 9 units",
-        "refused": "collinear",
+        "refused": "constant",
     }
     assert rows["all", "odd", "rae", None]["refused"] == "not_finite"
     assert rows["all", "lp", "rae", None]["refused"] is None
