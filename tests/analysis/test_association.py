@@ -345,7 +345,7 @@ def test_refused_pairs_stand_in_the_table_and_the_json(nine, tmp_path, capsys):
     }
     assert rows["all", "odd", "rae", None]["refused"] == "not_finite"
     assert rows["all", "lp", "rae", None]["refused"] is None
-    assert "refused (collinear)" in capsys.readouterr().out
+    assert "refused (constant)" in capsys.readouterr().out
     assert main([str(nine), "--x", "lp", "--y", "rae", "--where", "lp > 85", "--json", str(out)]) == 3
     assert table_of(out)["all", "lp", "rae", None]["refused"] == "too_few"
 

@@ -114,7 +114,7 @@ def test_points_of_a_study():
     assert by["16x8", "600k"].reached.censored == "right"
     assert by["16x8", "25k"].protocol.keys() >= {"protocol_id", "guidance", "samples", "extractors", "references"}
     refused = [each for each in table(points, [1.0], **options) if each.reached.refused]
-    assert {each.reached.refused["code"] for each in refused} == {"guided"}
+    assert {each.reached.refused["code"] for each in refused} == {"guided", "mixed_protocols"}
 
 
 def test_brackets():
