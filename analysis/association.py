@@ -19,7 +19,6 @@ where one predictor is good when high and the other when low. Correlations over 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import warnings
@@ -34,16 +33,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from analysis import table
+from analysis.laws import Array
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError
+from analysis.uncertainty import LEVEL
 
-LEVEL = 0.95
 LEAST = 4  # units, and one more per covariate: Fisher's variance is 1 / (n - k - 3)
 LEAST_RESAMPLED = {"jackknife": 4, "bootstrap": 8}  # with fewer, resamples of two distinct clusters say r = +-1
 DRAWS = 2000
 PERFECT = 1 - 1e-12
 
-Array = NDArray[np.float64]
 Method = Literal["pearson", "spearman"]
 Approach = Literal["fisher", "jackknife", "bootstrap"]
 Limits = tuple[float | None, float | None, str | None]  # low, high, or why there is none
@@ -382,13 +381,6 @@ def text(made: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",")]
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"got {text!r}; write COL,COL")
-    return found
-
-
 def _composites(assignments: Sequence[str]) -> dict[str, tuple[str, ...]]:
     found = {}
     for assignment in assignments:
@@ -401,29 +393,20 @@ def _composites(assignments: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.association",
-        description=(__doc__ or "").splitlines()[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", help="table: csv, tsv, parquet, jsonl")
-    parser.add_argument("--x", type=_names, required=True, metavar="COL[,COL]", help="predictors")
-    parser.add_argument("--y", type=_names, required=True, metavar="COL[,COL]", help="outcomes")
+    parser = table.parser("analysis.association", (__doc__ or "").splitlines()[0], EXAMPLES, "a measured encoder")
+    parser.add_argument("--x", type=table.listed, required=True, metavar="COL[,COL]", help="predictors")
+    parser.add_argument("--y", type=table.listed, required=True, metavar="COL[,COL]", help="outcomes")
     parser.add_argument("--unit", metavar="COL", help="what counts as one point, for example encoder (default: a row)")
     parser.add_argument("--cluster", metavar="COL", help="units of one cluster are not independent, for example family")
-    parser.add_argument("--given", type=_names, default=[], metavar="COL[,COL]", help="covariates")
+    parser.add_argument("--given", type=table.listed, default=[], metavar="COL[,COL]", help="covariates")
     parser.add_argument("--method", choices=("pearson", "spearman"), default="pearson")
     parser.add_argument(
         "--interval", choices=("fisher", "jackknife", "bootstrap"), help="default: fisher, with clusters jackknife"
     )
     parser.add_argument("--common", action="store_true", help="also over the units that have all, with differences")
-    parser.add_argument("--where", action="append", default=[], metavar="SQL", help="rows to keep")
-    parser.add_argument("--derive", action="append", default=[], metavar="NAME=SQL", help="a further column")
     parser.add_argument(
         "--composite", action="append", default=[], metavar="NAME=COL,COL", help="mean of min-max-scaled columns"
     )
-    parser.add_argument("--json", metavar="OUT", help="write the rows as JSON")
     given = parser.parse_args(argv)
     try:
         composites = _composites(given.composite)

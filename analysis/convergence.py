@@ -18,7 +18,6 @@ and 33. So both are given, with the bracket, by the rules of ``analysis.crossing
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,8 @@ import polars as pl
 from analysis import survival
 from analysis.crossing import MAX_RATIO, Reached, Span, number, reach
 from analysis.refusal import EXIT_REFUSED, Refusal
-from analysis.table import TableError, column, derive, numbers, read, where, write_json
+from analysis.table import TableError, column, derive, listed, numbers, read, where, write_json
+from analysis.table import parser as command
 from analysis.uncertainty import LEVEL
 
 REPEAT = "evaluation_seed"  # tells repeats apart where --repeat is not given
@@ -317,10 +317,6 @@ def told(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _names(given: str | None) -> list[str]:
-    return [name.strip() for name in (given or "").split(",") if name.strip()]
-
-
 def _thresholds(given: Sequence[str]) -> list[float]:
     """Raises ``TableError``."""
     found = []
@@ -335,28 +331,21 @@ def _thresholds(given: Sequence[str]) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.convergence",
-        description=(__doc__ or "").splitlines()[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", help="table: csv, tsv, parquet, jsonl; a row is a metric at one x")
+    parser = command("analysis.convergence", (__doc__ or "").splitlines()[0], EXAMPLES, "a metric at one x")
     parser.add_argument("--threshold", action="append", required=True, metavar="K[,K]", help="may be repeated")
-    parser.add_argument("--by", metavar="COL[,COL]", help="what tells curves apart (default: all rows are one)")
+    parser.add_argument(
+        "--by", type=listed, default=[], metavar="COL[,COL]", help="what tells curves apart (default: all rows are one)"
+    )
     parser.add_argument(
         "--x", default="epochs", metavar="COL", help="axis, for example images, flops (default: epochs)"
     )
     parser.add_argument("--metric", metavar="COL", help="default: gfid, fid or the only fid_... column")
-    parser.add_argument("--protocol", metavar="COL[,COL]", help="how it was measured; none: not stated")
+    parser.add_argument("--protocol", type=listed, metavar="COL[,COL]", help="how it was measured; none: not stated")
     parser.add_argument("--seed", metavar="COL", help="training seeds of one curve")
     parser.add_argument("--repeat", metavar="COL", help=f"evaluations of one point (default: {REPEAT}, where it is)")
-    parser.add_argument("--where", action="append", default=[], metavar="SQL", help="rows to keep")
-    parser.add_argument("--derive", action="append", default=[], metavar="NAME=SQL", help="a further column")
     parser.add_argument("--max-bracket-ratio", type=float, default=MAX_RATIO, metavar="R", help="default: %(default)s")
     parser.add_argument("--isotonic", action="store_true", help="smooth each curve to one that falls")
     parser.add_argument("--compare", metavar="COL", help="groups of curves, by a column of --by")
-    parser.add_argument("--json", metavar="OUT", help="write the curves as JSON")
     given = parser.parse_args(argv)
     refused: dict[str, str] | None = None
     curves: list[Curve] = []
@@ -364,14 +353,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         thresholds = _thresholds(given.threshold)
         frame = where(derive(read(given.file), given.derive), given.where)
-        protocol = None if given.protocol is None else [] if given.protocol == "none" else _names(given.protocol)
         curves = table(
             frame,
             thresholds,
-            by=_names(given.by),
+            by=given.by,
             x=given.x,
             metric=given.metric,
-            protocol=protocol,
+            protocol=[] if given.protocol == ["none"] else given.protocol,
             seed=given.seed,
             repeat=given.repeat,
             max_ratio=given.max_bracket_ratio,

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from analysis.laws import Array
 from analysis.refusal import Refusal
 from analysis.uncertainty import DRAWS, LEVEL, student
 
@@ -36,7 +37,6 @@ MAX_RATIO = 5.0  # x_after / x_before; RAE's own points lie that far apart at gF
 SEED = 0  # of the draws
 ALONE = "one seed without repeats"
 
-Array = NDArray[np.float64]
 Censored = Literal["none", "left", "right"]
 Bracket = tuple[float | None, float | None]
 

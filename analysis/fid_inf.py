@@ -20,7 +20,6 @@ and by how much it would move FID_inf.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -29,19 +28,18 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from analysis import table
+from analysis.laws import Array
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError
+from analysis.uncertainty import LEVEL
 
-LEVEL = 0.95
 LEAST = 4  # distinct sizes: a line and a curvature leave one degree of freedom
 CURVED = 0.05  # p-value below which the line is said not to fit
 FAR = 1.0  # extrapolations further than the fitted range of 1/n are said to be far
-
-Array = NDArray[np.float64]
 
 EXAMPLES = """examples:
   disjoint subsets of each model's samples:
@@ -264,33 +262,28 @@ def text(row: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.fid_inf",
-        description=(__doc__ or "").splitlines()[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", help="table: csv, tsv, parquet, jsonl; a row is the FID of a subset")
+    parser = table.parser("analysis.fid_inf", (__doc__ or "").splitlines()[0], EXAMPLES, "the FID of a subset")
     parser.add_argument("--n", required=True, metavar="COL", help="samples of the subset")
     parser.add_argument("--fid", required=True, metavar="COL", help="its FID")
     parser.add_argument("--error", metavar="COL", help="standard error of the FID (default: variance as 1/n)")
-    parser.add_argument("--by", metavar="COL[,COL]", help="an extrapolation for each, for example model")
+    parser.add_argument(
+        "--by", type=table.listed, default=[], metavar="COL[,COL]", help="an extrapolation for each, for example model"
+    )
     parser.add_argument("--draw", metavar="COL", help="sample set of the subset (default: subsets are disjoint)")
     parser.add_argument("--protocol", metavar="COL", help="has to be one within each group")
-    parser.add_argument("--where", action="append", default=[], metavar="SQL", help="rows to keep")
-    parser.add_argument("--json", metavar="OUT", help="write the groups as JSON")
     given = parser.parse_args(argv)
     try:
-        frame = table.where(table.read(given.file), given.where)
-        by = [name.strip() for name in given.by.split(",")] if given.by else []
-        made = groups(frame, given.n, given.fid, by=by, error=given.error, draw=given.draw, protocol=given.protocol)
+        frame = table.where(table.derive(table.read(given.file), given.derive), given.where)
+        made = groups(
+            frame, given.n, given.fid, by=given.by, error=given.error, draw=given.draw, protocol=given.protocol
+        )
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
     for row in made:
         print(text(row))
     if given.json:
-        table.write_json(given.json, {"file": given.file, "where": given.where, "groups": made})
+        table.write_json(given.json, {"file": given.file, "where": given.where, "derive": given.derive, "groups": made})
     return EXIT_REFUSED if all(row["refused"] for row in made) else 0
 
 

@@ -257,7 +257,8 @@ def fit(
     pivots = np.exp(np.log(at).mean(0))
     scale = float(np.exp(np.log(out).mean()))
     scaled_x, scaled_y = at / pivots, out / scale
-    theta, cost, converged = solve(law, scaled_x[None], scaled_y[None], weight[None], Objective(residuals))
+    objective = Objective(residuals)
+    theta, cost, converged = solve(law, scaled_x[None], scaled_y[None], weight[None], objective)
     n, p = len(out), len(law.parameters)
     value = law.value(theta, scaled_x[None])[0]
     gradient = law.jacobian(theta, scaled_x[None])[0].T
@@ -296,7 +297,7 @@ def fit(
         form=form,
         formula=law.formula,
         residuals=residuals,
-        estimator=f"least squares on {residuals} residuals, variable projection and damped Newton steps",
+        estimator=f"{objective}, variable projection and damped Newton steps",
         selection=selection,
         inputs=tuple(inputs),
         output=output,

@@ -83,6 +83,7 @@ def llamagen_tokens(folder: Path) -> tuple[Figure, Caption]:
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(3, 2))
     palette = colours(["256", "576"])
     said, shown, edges = [], [], []
+    turns = {protocol: token_crossings(rows, protocol) for protocol in PROTOCOLS}
     for i, (protocol, choose) in enumerate(PROTOCOLS.items()):
         top, bottom = axes[0, i], axes[1, i]
         chosen = choose(rows)
@@ -98,7 +99,7 @@ def llamagen_tokens(folder: Path) -> tuple[Figure, Caption]:
         ratio = many["gfid"].to_numpy() / few["gfid"].to_numpy()
         bottom.axhline(1.0, color=GREY, linewidth=0.8)
         bottom.plot(few["params_m"], ratio, "D-", color="black", markersize=4)
-        found = token_crossings(rows, protocol)
+        found = turns[protocol]
         for each in found:
             for panel in (top, bottom):
                 panel.axvline(each.params_m, color=GREY, linestyle=":", linewidth=1.2)
@@ -135,7 +136,7 @@ def llamagen_tokens(folder: Path) -> tuple[Figure, Caption]:
         never="that either number of tokens is compute-optimal: 576 tokens cost 2.25 times the compute a step here; "
         "or that the crossing is known to better than its bracket: one training run a cell, and at L the two best "
         "differ by 0.5 %.",
-        crossings={name: [each._asdict() for each in token_crossings(rows, name)] for name in PROTOCOLS},
+        crossings={protocol: [each._asdict() for each in found] for protocol, found in turns.items()},
     )
 
 

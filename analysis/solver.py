@@ -16,7 +16,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ WIDE = 4.0  # typical residuals: the first delta
 NARROW = 0.1  # from one delta to the next
 SETTLE = 40  # steps at each delta on the way, at most
 TINY = 1e-10  # of a typical residual: the delta that stands for none
-BLOCK = 16_000  # values of a batch that are worked on at a time: they stay in the cache
+BLOCK = 80_000  # elements of a batch's Jacobians that are worked on at a time: they stay in the cache
 DAMPED = (1e-12, 1e10)
 
 
@@ -61,18 +61,6 @@ class Objective:
         return _huber(size, weights, self.delta)
 
 
-class Quantity(Protocol):
-    """A function of theta that can be held at a value while everything else is fitted."""
-
-    def gradient(self, theta: Array) -> Array:
-        """[B, p]"""
-        ...
-
-    def restore(self, theta: Array, target: Array) -> Array:
-        """theta [B, p] moved to where the quantity is ``target`` [B]."""
-        ...
-
-
 class Solution(NamedTuple):
     theta: Array  # [B, p]
     cost: Array  # [B], of the objective
@@ -91,18 +79,13 @@ def solve(
     objective: Objective = Objective(),
     *,
     start: Array | None = None,
-    free: bool = False,
-    held: tuple[Quantity, Array] | None = None,
 ) -> Solution:
     """Refits of one form. ``x [1 or B, n, d]``, ``y [1 or B, n]`` > 0 of order one, ``weights [B, n]`` >= 0.
 
-    A weight of 0 leaves a point out. ``start`` [B, p] or [p] replaces the form's own. ``free`` lets an asymptote become
-    negative, as intervals need it: what the data would choose without being told that no metric is. ``held`` keeps a
-    quantity at given values [B].
+    A weight of 0 leaves a point out. ``start`` [B, p] or [p] replaces the form's own.
     """
     count = len(weights)
-    lower = np.where(free & (form.lower == 0.0), -np.inf, form.lower) if free else form.lower
-    blocks = max(1, min(count, math.ceil(count * x.shape[1] * len(form.parameters) / BLOCK / 5)))
+    blocks = max(1, min(count, math.ceil(count * x.shape[1] * len(form.parameters) / BLOCK)))
     edges = np.linspace(0, count, blocks + 1).astype(int)
 
     def part(low: int, high: int) -> Solution:
@@ -117,8 +100,7 @@ def solve(
             theta = np.array(
                 np.broadcast_to(start if start.ndim == 1 else start[low:high], (high - low, start.shape[-1]))
             )
-        keep = None if held is None else (held[0], held[1][low:high])
-        return _descend(form, *at, objective, theta, lower, keep)
+        return _descend(form, *at, objective, theta)
 
     ranges = [(int(low), int(high)) for low, high in itertools.pairwise(edges) if high > low]
     if len(ranges) == 1:
@@ -128,18 +110,11 @@ def solve(
     return Solution(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
-Held = tuple[Quantity, Array] | None
-
-
-def _descend(
-    form: Form, x: Array, y: Array, weights: Array, objective: Objective, theta: Array, lower: Array, keep: Held
-) -> Solution:
+def _descend(form: Form, x: Array, y: Array, weights: Array, objective: Objective, theta: Array) -> Solution:
     """Through decreasing deltas to the objective's own."""
-    theta = np.clip(theta, lower, form.upper)
-    if keep is not None:
-        theta = keep[0].restore(theta, keep[1])
+    theta = np.clip(theta, form.lower, form.upper)
     if objective.loss == "squares":
-        return _newton(form, x, y, weights, objective, theta, lower, math.inf, ITERATIONS, keep)
+        return _newton(form, x, y, weights, objective, theta, math.inf, ITERATIONS)
     with np.errstate(all="ignore"):
         size = np.abs(residual(objective, form.value(theta, x), y))
     typical = float(np.median(size)) or 1.0
@@ -147,9 +122,9 @@ def _descend(
     delta = max(WIDE * typical, last)
     found = Solution(theta, np.zeros(len(theta)), np.zeros(len(theta), bool))
     while delta > last:
-        found = _newton(form, x, y, weights, objective, found.theta, lower, delta, SETTLE, keep)
+        found = _newton(form, x, y, weights, objective, found.theta, delta, SETTLE)
         delta *= NARROW
-    found = _newton(form, x, y, weights, objective, found.theta, lower, last, ITERATIONS, keep)
+    found = _newton(form, x, y, weights, objective, found.theta, last, ITERATIONS)
     return found._replace(cost=objective.total(residual(objective, form.value(found.theta, x), y), weights))
 
 
@@ -160,10 +135,6 @@ def _huber(size: Array, weights: Array, delta: float) -> Array:
     return np.asarray((weights * inner * (size - 0.5 * inner)).sum(-1))
 
 
-def _nonzero(values: Array) -> Array:
-    return np.where(np.abs(values) > 1e-300, values, np.inf)
-
-
 def _newton(
     form: Form,
     x: Array,
@@ -171,13 +142,11 @@ def _newton(
     weights: Array,
     objective: Objective,
     theta: Array,
-    lower: Array,
     delta: float,
     iterations: int,
-    keep: Held,
 ) -> Solution:
     """Damped Newton descent of Huber's loss at one delta (infinite: squares, without the half)."""
-    log, upper = objective.residuals == "log", form.upper
+    log, lower, upper = objective.residuals == "log", form.lower, form.upper
     theta = theta.copy()
     count, p = theta.shape
     half = 2.0 if math.isinf(delta) else 1.0  # the loss over that of the derivatives below
@@ -218,8 +187,6 @@ def _newton(
         hessian -= form.curvature(current, at, pull / f if log else pull)
         held = ((current <= lower) & (gradient < 0)) | ((current >= upper) & (gradient > 0))
         gradient = np.where(held, 0.0, gradient)
-        if keep is not None:
-            along = np.where(held, 0.0, keep[0].gradient(current))
         diagonal = np.einsum("bpp->bp", surrogate)
         root = np.sqrt(np.maximum(diagonal, 1e-300 + 1e-26 * diagonal.max(1, keepdims=True)))
         root = np.where(held, 1.0, root)
@@ -232,14 +199,9 @@ def _newton(
             + np.where(held[:, :, None], 1.0, 1e-13 + 1e-3 * mu) * eye
         )
         step = np.linalg.solve(matrix, (gradient / root)[..., None])[..., 0] / root
-        if keep is not None:  # within the surface on which the quantity has its value
-            across = np.linalg.solve(matrix, (along / root)[..., None])[..., 0] / root
-            step = step - across * ((along * step).sum(1) / _nonzero((along * across).sum(1)))[:, None]
         downhill = (step * gradient).sum(1)
         step = np.where(np.isfinite(step).all(1, keepdims=True) & (downhill >= 0)[:, None], step, 0.0)
         trial = np.clip(current + step, lower, upper)
-        if keep is not None:
-            trial = keep[0].restore(trial, keep[1][rows])
         tried_value, tried_r = evaluate(trial, rows)
         tried = loss(tried_r, w)
         before, moved = cost[rows], (np.abs(trial - current) / (1.0 + np.abs(current))).max(1)

@@ -7,6 +7,7 @@ int64, 6 N D overflows without a word.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -85,6 +86,29 @@ def labels(frame: pl.DataFrame, names: Sequence[str], option: str) -> list[str]:
     """One label per row from one or several columns, joined by " / "; a null is written "none"."""
     parts = [column(frame, name, option).cast(pl.String).fill_null("none").to_list() for name in names]
     return [" / ".join(row) for row in zip(*parts, strict=True)]
+
+
+def parser(module: str, question: str, examples: str, row: str) -> argparse.ArgumentParser:
+    """The command line of a module that reads a table: FILE, --where, --derive and --json; ``row``: what a row is."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=question,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("file", help=f"table: {', '.join(READERS)}; a row is {row}")
+    made.add_argument("--where", action="append", default=[], metavar="SQL", help="rows to keep")
+    made.add_argument("--derive", action="append", default=[], metavar="NAME=SQL", help="a further column")
+    made.add_argument("--json", metavar="OUT", help="write the answers as JSON")
+    return made
+
+
+def listed(text: str) -> list[str]:
+    """The columns of an option ``COL,COL``."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"got {text!r}; write COL,COL")
+    return found
 
 
 def write_json(path: str | os.PathLike[str], held: Any) -> None:

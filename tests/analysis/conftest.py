@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analysis import figures
 from sweep.schema import VERSION, schema
 
 EXTRACTORS = ("digits-supervised", "digits-contrastive")
@@ -283,3 +286,12 @@ def rate() -> type[Rate]:
 def part() -> Callable[..., Path]:
     """Writes one part of a table."""
     return write_part
+
+
+@pytest.fixture
+def agg(monkeypatch):
+    """Figures are drawn without a screen, small, and all closed in the end."""
+    matplotlib.use("Agg")
+    monkeypatch.setattr(figures, "DPI", 50)
+    yield
+    assert not plt.get_fignums()

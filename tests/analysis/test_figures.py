@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,6 +17,8 @@ import pytest
 from analysis import figures, frontier, load, report, study
 from analysis.theme import log_axis, plain, spaced, verdict
 
+pytestmark = pytest.mark.usefixtures("agg")
+
 README = Path(__file__).parents[2] / "results" / "README.md"
 SMALL = {"budgets": (1e10, 3e10, 1e11), "sizes": {"5k": 5_000, "25k": 25_000}}
 
@@ -26,14 +27,6 @@ NAMES = [
     *("fig2_rate_distortion_digits_contrastive", "fig3_best_rate", "fig3_best_rate_digits_contrastive"),
     *("fig4_samples", "fig5_reconstructions", "fig6_gate", "fig7_extractors", "fig8_prediction"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def agg(monkeypatch):
-    matplotlib.use("Agg")
-    monkeypatch.setattr(figures, "DPI", 50)
-    yield
-    assert not plt.get_fignums()
 
 
 def drawn(out):

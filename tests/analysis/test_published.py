@@ -7,8 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
@@ -18,6 +16,8 @@ from analysis import binarisation, catalogue, epochs, figures, literature, publi
 from analysis.catalogue import COLUMNS, EVIDENCE, TABLES
 from analysis.published import ROOT, build, parse, table
 from analysis.table import TableError
+
+pytestmark = pytest.mark.usefixtures("agg")
 
 SOURCES = ROOT / "sources"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -355,14 +355,6 @@ def test_bidm():
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def agg(monkeypatch):
-    matplotlib.use("Agg")
-    monkeypatch.setattr(figures, "DPI", 50)
-    yield
-    assert not plt.get_fignums()
 
 
 def test_expected_panels_are_of_all_figures():
