@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from analysis import table
+from analysis.interval import LEVEL
 from analysis.laws import Array
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError
-from analysis.uncertainty import LEVEL
 
 LEAST = 4  # units, and one more per covariate: Fisher's variance is 1 / (n - k - 3)
 LEAST_RESAMPLED = {"jackknife": 4, "bootstrap": 8}  # with fewer, resamples of two distinct clusters say r = +-1

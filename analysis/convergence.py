@@ -27,11 +27,11 @@ from typing import Any
 import polars as pl
 
 from analysis import survival
-from analysis.crossing import MAX_RATIO, Reached, Span, number, reach
+from analysis.crossing import MAX_RATIO, Reached, number, reach
+from analysis.interval import LEVEL, Interval
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError, column, derive, listed, numbers, read, where, write_json
 from analysis.table import parser as command
-from analysis.uncertainty import LEVEL
 
 REPEAT = "evaluation_seed"  # tells repeats apart where --repeat is not given
 
@@ -159,7 +159,7 @@ def table(
             except Refusal as refusal:
                 keys = [name for name in (x, seed, repeat) if name]
                 told = refusal.sentence + (_apart(rows, keys, metric) if refusal.code == "duplicate_run" else "")
-                span = Span(None, None, LEVEL, "none", reason="refused")
+                span = Interval(None, None, None, LEVEL, "none", reason="refused")
                 refused = {"code": refusal.code, "sentence": told}
                 reached = Reached(threshold, x, (None, None), None, None, None, span, told, refused)
             stated = any(value is not None for value in held.values())
@@ -292,7 +292,7 @@ def _value(value: float | None) -> str:
     return "-" if value is None else number(value)
 
 
-def _interval(span: Span) -> tuple[str, str]:
+def _interval(span: Interval) -> tuple[str, str]:
     """An interval, and why an end of it is missing."""
     if span.low is None and span.high is None:
         return "-", "" if span.reason == "refused" else f"no interval: {span.reason}"

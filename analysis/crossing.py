@@ -29,9 +29,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from analysis.interval import LEVEL, Interval, student
 from analysis.laws import Array
 from analysis.refusal import Refusal
-from analysis.uncertainty import DRAWS, LEVEL, student
+from analysis.uncertainty import DRAWS
 
 MAX_RATIO = 5.0  # x_after / x_before; RAE's own points lie that far apart at gFID 2 (80, 400): 199 or 140 epochs
 SEED = 0  # of the draws
@@ -47,18 +48,6 @@ def number(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Span:
-    """An interval of x; an end is None, with a reason, where there is none."""
-
-    low: float | None
-    high: float | None
-    level: float
-    method: str
-    dof: int | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
 class Reached:
     """When a curve reached ``threshold``, in the unit of ``axis``; by the rules of this module."""
 
@@ -68,7 +57,7 @@ class Reached:
     linear: float | None
     log: float | None
     censored: Censored | None  # None where the curve was refused
-    interval: Span
+    interval: Interval  # its estimate is None: linear and log are two
     note: str = ""
     refused: dict[str, str] | None = None  # code and sentence
     runs: tuple[Reached, ...] = ()  # one per training seed
@@ -164,7 +153,7 @@ def _cross(run: _Run, threshold: float, axis: str, max_ratio: float, isotonic: b
     x, k = run.x, number(threshold)
     y = _falling(run.y, run.count) if isotonic else run.y
     first, n = int(_first(y, threshold)), len(x)
-    span = Span(None, None, LEVEL, "none", reason=ALONE)
+    span = Interval(None, None, None, LEVEL, "none", reason=ALONE)
     found = Reached(threshold, axis, (None, None), None, None, "none", span)
     if first == n:
         best = int(y.argmin())
@@ -197,14 +186,14 @@ def _cross(run: _Run, threshold: float, axis: str, max_ratio: float, isotonic: b
     return replace(found, bracket=(before, after), linear=linear, log=log, note=note, refused=refused)
 
 
-def _noise(run: _Run, threshold: float, max_ratio: float, isotonic: bool, draws: int) -> Span:
+def _noise(run: _Run, threshold: float, max_ratio: float, isotonic: bool, draws: int) -> Interval:
     """Interval of evaluation noise alone: percentiles of the crossings of drawn curves.
 
     Where a draw is censored or its bracket wide, its crossing lies somewhere between two ends: the lower percentile is
     that of the lower ends, the upper one that of the upper ends.
     """
     method = f"evaluation noise of one training run, {draws} parametric-t draws, seed {SEED}"
-    nothing = Span(None, None, LEVEL, method, run.dof)
+    nothing = Interval(None, None, None, LEVEL, method, run.dof)
     if run.dof == 0:
         return replace(nothing, method="none", dof=None, reason=ALONE)
     if run.scatter is None:
@@ -259,7 +248,7 @@ def _over(runs: dict[str, Reached]) -> Reached:
     )
 
 
-def _between(found: Sequence[Reached], censored: Censored, count: dict[str, int]) -> Span:
+def _between(found: Sequence[Reached], censored: Censored, count: dict[str, int]) -> Interval:
     """Interval from the spread of training runs."""
     n, method = len(found), f"Student-t over ln of the linear crossings of {len(found)} seeds"
     linear = [each.linear for each in found if each.linear is not None and each.linear > 0]
@@ -267,11 +256,11 @@ def _between(found: Sequence[Reached], censored: Censored, count: dict[str, int]
         logs = np.log(linear)
         around = student(float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(n), n - 1, method)
         if around.low is None or around.high is None:
-            return Span(None, None, LEVEL, method, n - 1, around.reason)
-        return Span(math.exp(around.low), math.exp(around.high), LEVEL, method, n - 1)
+            return Interval(None, None, None, LEVEL, method, n - 1, around.reason)
+        return Interval(None, math.exp(around.low), math.exp(around.high), LEVEL, method, n - 1)
     told = f"{count[censored]} of {n} seeds are {censored}-censored" if censored != "none" else "a seed has no crossing"
     if censored == "none" or (count["left"] and count["right"]):
-        return Span(None, None, LEVEL, "none", reason=told)
+        return Interval(None, None, None, LEVEL, "none", reason=told)
     # the known side of each run: an end at or before (right-censored) or at or after (left-censored) its crossing
     right = censored == "right"
     ends = np.array([each.bracket[0 if right else 1] if each.linear is None else each.linear for each in found])
@@ -280,6 +269,6 @@ def _between(found: Sequence[Reached], censored: Censored, count: dict[str, int]
     bound = float(limits.low if right else limits.high)
     if not math.isfinite(bound):
         reason = f"{told}, and a one-sided {LEVEL:.0%} bound of the median needs five"
-        return Span(None, None, LEVEL, "none", reason=reason)
+        return Interval(None, None, None, LEVEL, "none", reason=reason)
     method = f"one-sided, median of {n} seeds, order statistics"
-    return Span(bound if right else None, None if right else bound, LEVEL, method, reason=told)
+    return Interval(None, bound if right else None, None if right else bound, LEVEL, method, reason=told)

@@ -17,23 +17,14 @@ import pandas as pd
 from scipy import stats
 
 from analysis.arms import Arm, Envelope, envelope_table, identity, mean_curve, resampled
-from analysis.fit import MISFIT, Fit, fit
+from analysis.fit import MISFIT, fit
 from analysis.forms import FORMS
+from analysis.interval import LEVEL, WIDE_RATIO, Interval
 from analysis.laws import Array
 from analysis.refusal import Refusal
+from analysis.result import Fit
 from analysis.solver import solve
-from analysis.uncertainty import (
-    DRAWS,
-    LEVEL,
-    WIDE_RATIO,
-    Interval,
-    Units,
-    delta,
-    hierarchical,
-    inflation,
-    resample_units,
-    wider,
-)
+from analysis.uncertainty import DRAWS, Units, hierarchical, inflation, resample_units, wider
 
 GRID = 160  # compute values at which curves are compared
 MISFIT_P = 0.01  # lack of fit is told from scatter at this level
@@ -171,7 +162,7 @@ def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0)
     if own_mean is None:
         given = {name: Interval(v, None, None, LEVEL, "delta", 0, reason) for name, v in main.params.items()}
     else:
-        given = delta(own_mean)
+        given = own_mean.intervals()
     alone = len(arm.seeds) == 1
     over: Units = "generator seeds given one tokenizer" if alone else "tokenizer seeds"
     units = int(np.isfinite(arm.report).any((0, 1, 3)).sum()) if alone else len(arm.seeds)
@@ -232,7 +223,7 @@ def mean_fit(arm: Arm, form: str) -> tuple[Fit | None, str | None]:
 
 def given_half(fits: Sequence[Fit | None], grid: Array) -> Array:
     """Half-width of ln y (of a difference of several) at ln x = grid, given these tokenizers; 0 where unknown."""
-    known = [each for each in fits if each is not None and each.covariance is not None]
+    known = [each for each in fits if each is not None and each.reason is None]
     if len(known) < len(fits):
         return np.zeros(len(grid))
     variances = np.array([each.get_prediction(np.exp(grid)).se_log ** 2 for each in known])

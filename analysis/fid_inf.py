@@ -32,10 +32,10 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from analysis import table
+from analysis.interval import LEVEL
 from analysis.laws import Array
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError
-from analysis.uncertainty import LEVEL
 
 LEAST = 4  # distinct sizes: a line and a curvature leave one degree of freedom
 CURVED = 0.05  # p-value below which the line is said not to fit

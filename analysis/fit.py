@@ -1,19 +1,17 @@
-"""Which law do these points follow, and how well is it known? Estimator, solver and typed result.
+"""Which law do these points follow, and how well is it known? Any table, any law of ``analysis.forms``.
 
-    fit(flops, fid, "saturating", groups=tokenizer_seed)
+    python -m analysis.fit results.csv --law saturating --x x=flops --y fid --group seed
 
 Least squares on log residuals by default (relative errors: natural for positive metrics over decades), sum-reduced,
-float64, analytic Jacobians. Points that share a trunk or a tokenizer are not independent: pass ``groups`` and the
-covariance is that of the groups (delete-one-group jackknife, Student-t with groups - 1 degrees of freedom). One group
-has none: what its points scatter by says nothing about another group.
+float64, exact derivatives. Points that share a trunk or a tokenizer are not independent: pass ``groups``, and intervals
+are those of the groups. One group has none: what its points scatter by says nothing about another group.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -21,211 +19,64 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
 
+from analysis import solver
+from analysis.estimate import Estimate, estimate
 from analysis.forms import FORMS
 from analysis.laws import Array, Form
-from analysis.refusal import Refusal
-from analysis.solver import Objective, Residuals, solve
+from analysis.refusal import EXIT_REFUSED, Refusal
+from analysis.resampling import SAME, UNITS, points
+from analysis.result import Fit, Method
+from analysis.solver import Loss, Objective, Residuals
 
 MISFIT = math.log(1.2)  # means that lie further off a law (root mean square of ln y) do not follow it
-SAME = 0.02  # values of ln x this close are one design point
-COLLINEAR = 1e13  # condition number from which parameters cannot be told apart
-BOUND = 1e-9  # distance to a bound, relative to order one, that counts as at the bound
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The fitted curve at given x: standard errors of ln y, Student-t intervals; NaN where there is no interval."""
-
-    x: Array
-    mean: Array
-    se_log: Array  # of the curve
-    sigma: Array  # residual standard deviation of ln y
-    dof: int
-
-    def summary_frame(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Columns mean, mean_se, mean_ci_lower, mean_ci_upper, obs_ci_lower, obs_ci_upper, as in statsmodels."""
-        t = float(stats.t.ppf(1 - alpha / 2, self.dof)) if self.dof > 0 else math.nan
-        curve, observation = t * self.se_log, t * np.hypot(self.se_log, self.sigma)
-        return pd.DataFrame(
-            {
-                "mean": self.mean,
-                "mean_se": self.mean * self.se_log,
-                "mean_ci_lower": self.mean * np.exp(-curve),
-                "mean_ci_upper": self.mean * np.exp(curve),
-                "obs_ci_lower": self.mean * np.exp(-observation),
-                "obs_ci_upper": self.mean * np.exp(observation),
-            },
-            index=pd.Index(self.x, name="x"),
-        )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted law and everything needed to fit it again."""
-
-    form: str
-    formula: str
-    residuals: Residuals
-    estimator: str
-    selection: str  # which points, in words
-    inputs: tuple[str, ...]
-    output: str
-    x: tuple[tuple[float, ...], ...]
-    y: tuple[float, ...]
-    weights: tuple[float, ...]
-    groups: tuple[str, ...] | None
-    theta: tuple[float, ...]
-    pivots: tuple[float, ...]
-    scale: float
-    params: dict[str, float]
-    bse: dict[str, float | None]
-    covariance: tuple[tuple[float, ...], ...] | None  # of theta
-    interval_method: str
-    reason: str | None  # why there are no standard errors, when there are none
-    n: int
-    n_groups: int | None
-    dof: int
-    sigma: float | None  # residual standard deviation
-    objective: float  # weighted sum of squared residuals
-    aicc: float | None
-    at_bound: dict[str, Literal["lower", "upper"]]
-    converged: bool
-    versions: dict[str, str]
-
-    def _evaluate(self, x: ArrayLike) -> tuple[Array, Array, Array]:
-        law = FORMS[self.form]
-        flat = np.asarray(x, np.float64)
-        inputs = flat.reshape(len(flat), -1) / np.asarray(self.pivots)
-        theta = np.asarray(self.theta)[None]
-        value = law.value(theta, inputs[None])[0]
-        return flat, value * self.scale, law.jacobian(theta, inputs[None])[0].T / value[:, None]
-
-    def predict(self, x: ArrayLike) -> Array:
-        """The fitted curve at x [m] (or [m, d])."""
-        return self._evaluate(x)[1]
-
-    def get_prediction(self, x: ArrayLike) -> Prediction:
-        """The curve with standard errors of ln y at x."""
-        flat, mean, gradient = self._evaluate(x)
-        if self.covariance is None:
-            se = np.full(len(mean), np.nan)
-        else:
-            variance = np.einsum("np,pq,nq->n", gradient, np.asarray(self.covariance), gradient)
-            se = np.sqrt(np.maximum(variance, 0.0))
-        sigma = np.full(len(mean), math.nan if self.sigma is None else self.sigma)
-        if self.residuals == "raw":
-            sigma = sigma * self.scale / mean  # an error of y, as one of ln y to first order
-        return Prediction(flat, mean, se, sigma, self.dof)
-
-    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        """lower and upper per parameter; one-sided at a bound; NaN where there is no standard error.
-
-        An amplitude is positive and spans decades, so its interval is symmetric in ln A.
-        """
-        rows = {}
-        for name, value in self.params.items():
-            error = self.bse[name]
-            if error is None or self.dof < 1:
-                rows[name] = (math.nan, math.nan)
-            elif name in self.at_bound:
-                t = float(stats.t.ppf(1 - alpha, self.dof))
-                lower = self.at_bound[name] == "lower"
-                rows[name] = (value, value + t * error) if lower else (value - t * error, value)
-            else:
-                t = float(stats.t.ppf(1 - alpha / 2, self.dof))
-                if name == "A":
-                    ratio = math.exp(min(t * error / value, 700.0))
-                    rows[name] = (value / ratio, value * ratio)
-                else:
-                    low = value - t * error
-                    rows[name] = (max(low, 0.0) if name == "E" else low, value + t * error)
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["lower", "upper"])
-
-    def summary(self) -> str:
-        """A text block: the law, its parameters with intervals, and how it was fitted."""
-        limits = self.conf_int()
-        lines = [f"{self.output}: {self.formula}, x = {', '.join(self.inputs)}"]
-        for name, value in self.params.items():
-            low, high = limits.loc[[name]].to_numpy()[0]
-            mark = f"  at its {self.at_bound[name]} bound" if name in self.at_bound else ""
-            lines.append(f"  {name:<2} {value:< 14.6g} [{low:.6g}, {high:.6g}]{mark}")
-        clusters = f" in {self.n_groups} groups" if self.n_groups else ""
-        lines.append(f"  n = {self.n}{clusters}, dof = {self.dof}; {self.estimator}; {self.interval_method}")
-        aicc = "undefined at this n" if self.aicc is None else f"{self.aicc:.3f}"
-        lines.append(
-            f"  residual sd {self.sigma if self.sigma is not None else math.nan:.4g}, AICc {aicc}; {self.selection}"
-        )
-        return "\n".join(lines + ([f"  no standard errors: {self.reason}"] if self.reason else []))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Fit:
-        held = json.loads(text)
-        for name in ("inputs", "y", "weights", "theta", "pivots"):
-            held[name] = tuple(held[name])
-        held["x"] = tuple(tuple(row) for row in held["x"])
-        held["groups"] = None if held["groups"] is None else tuple(held["groups"])
-        if held["covariance"] is not None:
-            held["covariance"] = tuple(tuple(row) for row in held["covariance"])
-        return cls(**held)
+SEPARATE = 1e-4  # share of an input's spread (of ln x, squared) that the other inputs must leave unexplained
+DRAWS = 1000  # of a bootstrap that is the default
 
 
 def check(
     form: Form, x: Array, y: Array, *, ids: Sequence[str] | None = None, protocols: Sequence[str] | None = None
 ) -> None:
     """Refuses points that no estimator could save: mixed protocols, duplicates, non-positive or too few values."""
+    p = len(form.parameters)
     if not len(y):
-        raise Refusal("too_few", f"no points for the {len(form.parameters)} parameters of the {form.name} form")
+        raise Refusal("too_few", f"no points for the {p} parameters of the {form.name} form")
     if protocols is not None and len(set(protocols)) > 1:
-        raise Refusal("mixed_protocols", f"points of {len(set(protocols))} protocols cannot share a fit")
+        several = ", ".join(sorted(set(protocols))[:4])
+        raise Refusal("mixed_protocols", f"points of {len(set(protocols))} protocols cannot share a fit: {several}")
     if ids is not None and len(set(ids)) < len(ids):
         twice = sorted(name for name in set(ids) if list(ids).count(name) > 1)
         raise Refusal("duplicate_run", f"{twice[0]} stands {list(ids).count(twice[0])} times among the points")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise Refusal("not_finite", "a point is missing or infinite; leave it out by name")
+    if np.isinf(x).any() or np.isinf(y).any():
+        raise Refusal("overflow", "a value is infinite; give it in larger units")
+    if np.isnan(x).any() or np.isnan(y).any():
+        count = int((np.isnan(x).any(1) | np.isnan(y)).sum())
+        raise Refusal(
+            "not_finite", f'{count} of {len(y)} points lack a value; leave them out by name (--where "y IS NOT NULL")'
+        )
     if (x <= 0).any() or (y <= 0).any():
-        raise Refusal("non_positive", "a power law and log residuals need positive values")
-    p, distinct = len(form.parameters), max(_distinct(column) for column in np.log(x).T)
+        low = float(min(x.min(), y.min()))
+        hint = "; an integer product that has overflowed?" if low < -1e15 else ""
+        raise Refusal("non_positive", f"a power law and log residuals need positive values; one is {low:.6g}{hint}")
+    logs = np.log(x)
+    spread = logs.std(0)
+    if still := [name for name, width in zip(form.inputs, spread, strict=True) if width < SAME]:
+        raise Refusal("constant", f"{', '.join(still)} does not vary, so that no exponent of it can be told")
+    distinct = int(points(x).max()) + 1
     if distinct < p + 1:
         raise Refusal(
-            "too_few", f"{distinct} distinct x for {p} parameters of the {form.name} form; {p + 1} are needed"
+            "too_few",
+            f"{distinct} distinct {'x' if x.shape[1] == 1 else 'points'} for {p} parameters of the "
+            f"{form.name} form; {p + 1} are needed",
         )
-
-
-def _distinct(log_x: Array) -> int:
-    """Values that differ by more than the rounding of a budget to whole steps."""
-    return 1 + int((np.diff(np.sort(log_x)) > SAME).sum())
-
-
-def _delta(gradient: Array, weights: Array, sigma: float | None) -> tuple[Array | None, str | None]:
-    """Covariance of theta from the Jacobian [n, p] of the residuals, or the reason why there is none."""
-    if sigma is None:
-        return None, "no degree of freedom is left"
-    information = np.einsum("np,n,nq->pq", gradient, weights, gradient)
-    # scaled to a unit diagonal, a condition number speaks of collinearity and not of units
-    root = np.sqrt(np.maximum(np.diag(information), 1e-300))
-    correlation = information / root[:, None] / root[None]
-    if np.linalg.cond(correlation) > COLLINEAR:
-        return None, "the parameters cannot be told apart on these points"
-    return sigma**2 * np.linalg.inv(correlation) / root[:, None] / root[None], None
-
-
-def _jackknife(
-    form: Form, x: Array, y: Array, weights: Array, labels: Sequence[str], residuals: Residuals
-) -> tuple[Array | None, str | None]:
-    """Covariance of theta from refits that leave out one group each, or the reason why there is none."""
-    names = sorted(set(labels))
-    kept = np.array([[label != name for label in labels] for name in names], np.float64) * weights
-    count = len(names)
-    theta, _, _ = solve(form, x[None], y[None], kept, Objective(residuals))
-    centered = theta - theta.mean(0)
-    if not (np.abs(centered) > BOUND).any():
-        return None, "the groups agree to the last digit, so their spread says nothing"
-    return np.asarray((count - 1) / count * centered.T @ centered), None
+    if x.shape[1] > 1:
+        left = 1.0 / np.diag(np.linalg.pinv(np.corrcoef(logs.T)))
+        values, vectors = np.linalg.eigh(np.corrcoef(logs.T))
+        if values[0] < SEPARATE or left.min() < SEPARATE:
+            tied = " and ".join(
+                name for name, size in zip(form.inputs, np.abs(vectors[:, 0]), strict=True) if size > 0.1
+            )
+            raise Refusal("collinear", f"{tied} move together, so that their terms cannot be told apart")
 
 
 def fit(
@@ -236,91 +87,150 @@ def fit(
     groups: Sequence[Any] | None = None,
     weights: ArrayLike | None = None,
     residuals: Residuals = "log",
+    loss: Loss = "squares",
+    delta: float | None = None,
+    interval: Method | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
     ids: Sequence[str] | None = None,
     protocols: Sequence[str] | None = None,
-    inputs: Sequence[str] = ("x",),
+    inputs: Sequence[str] | None = None,
     output: str = "y",
     selection: str = "all points given",
+    conventions: dict[str, str] | None = None,
 ) -> Fit:
     """Fit one law to points x [n] (or [n, d]) and y [n]; raises ``Refusal`` instead of answering badly.
 
-    ``groups`` names the independent unit of each point (a tokenizer seed, a training run); without it the points
-    are taken as independent, and the result says so. ``ids`` and ``protocols`` are checked for duplicates and
-    mixtures.
+    ``groups`` names the independent unit of each point (a tokenizer seed, a training run); without it the points are
+    taken as independent, and the result says so. ``weights`` are relative: those of points with known standard errors s
+    are 1 / s^2 (of ln y for log residuals); their common scale is estimated. ``delta`` is Huber's, in units of the
+    residuals. ``interval`` None is chosen: the linearised one for least squares (of groups where there are any), a
+    bootstrap of rows or groups for other losses. ``ids`` and ``protocols`` are checked for duplicates and mixtures.
     """
     law = FORMS[form]
     out = np.asarray(y, np.float64)
     at = np.asarray(x, np.float64)
     at = at.reshape(len(out), -1) if len(out) else at
+    if (loss == "huber") != (delta is not None):
+        raise ValueError(f"loss {loss!r}, delta {delta}: Huber's loss has a delta, the others have none")
     check(law, at, out, ids=ids, protocols=protocols)
     weight = np.ones(len(out)) if weights is None else np.asarray(weights, np.float64)
-    pivots = np.exp(np.log(at).mean(0))
-    scale = float(np.exp(np.log(out).mean()))
-    scaled_x, scaled_y = at / pivots, out / scale
-    objective = Objective(residuals)
-    theta, cost, converged = solve(law, scaled_x[None], scaled_y[None], weight[None], objective)
-    n, p = len(out), len(law.parameters)
-    value = law.value(theta, scaled_x[None])[0]
-    gradient = law.jacobian(theta, scaled_x[None])[0].T
-    if residuals == "log":
-        gradient = gradient / value[:, None]
-    natural, change = law.natural(theta, pivots, scale)
-    at_bound: dict[str, Literal["lower", "upper"]] = {}
-    for index, name in enumerate(law.parameters):
-        near = BOUND * (1.0 + abs(theta[0, index]))
-        if theta[0, index] - law.lower[index] <= near:
-            at_bound[name] = "lower"
-        elif law.upper[index] - theta[0, index] <= near:
-            at_bound[name] = "upper"
-    rss, dof = float(cost[0]), n - p
-    sigma = math.sqrt(rss / dof) if dof > 0 else None
-    labels = None if groups is None else [str(group) for group in groups]
+    if not (np.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
+        raise Refusal("non_positive", "a weight is negative, missing or infinite (a standard error of 0?)")
+    labels = None if groups is None else tuple(str(group) for group in groups)
     n_groups = None if labels is None else len(set(labels))
-    reason: str | None
-    if labels is not None and n_groups is not None and n_groups > 1:
-        method, dof = f"delete-one-group jackknife over {n_groups} groups, Student-t", n_groups - 1
-        covariance, reason = _jackknife(law, scaled_x, scaled_y, weight, labels, residuals)
-    elif n_groups == 1:
-        method, covariance = "none, given one group", None
-        reason = "one group says nothing about another, and its points are not independent"
-    else:
-        method = "delta, Student-t, points taken as independent"
-        covariance, reason = _delta(gradient, weight, sigma)
-    if covariance is None:
-        bse: dict[str, float | None] = dict.fromkeys(law.parameters)
-    else:
-        errors = np.sqrt(np.maximum(np.diag(change[0] @ covariance @ change[0].T), 0.0))
-        bse = {name: float(error) for name, error in zip(law.parameters, errors, strict=True)}
-    k = p + 1  # the residual variance is estimated too
-    aicc = n * math.log(max(rss, 1e-300) / n) + 2 * k * n / (n - k - 1) if n - k - 1 > 0 else None
-    return Fit(
-        form=form,
-        formula=law.formula,
-        residuals=residuals,
-        estimator=f"{objective}, variable projection and damped Newton steps",
-        selection=selection,
-        inputs=tuple(inputs),
+    codes = None if labels is None or n_groups == len(labels) else np.unique(labels, return_inverse=True)[1]
+    found = estimate(law, at[None], out[None], weight[None], Objective(residuals, loss, delta), codes)
+    units = found.n if found.clusters is None else found.clusters
+    if interval is None and loss != "squares" and units >= UNITS:
+        interval = "rows" if codes is None else "groups"
+    sampled = interval not in (None, "delta", "profile")
+    made = result(
+        found,
+        labels=labels,
+        interval=interval or "delta",
+        draws=draws if sampled else None,
+        seed=seed if sampled else None,
+        inputs=tuple(inputs or law.inputs),
         output=output,
-        x=tuple(tuple(float(v) for v in row) for row in at),
-        y=tuple(float(v) for v in out),
-        weights=tuple(float(v) for v in weight),
-        groups=None if labels is None else tuple(labels),
-        theta=tuple(float(v) for v in theta[0]),
-        pivots=tuple(float(v) for v in pivots),
+        selection=selection,
+        conventions=conventions or {},
+    )
+    if not np.isfinite(list(made.params.values())).all():
+        raise Refusal("overflow", f"a parameter of the {form} form is beyond 1e308; give the inputs in larger units")
+    if made.interval != "delta":
+        made.bse  # noqa: B018  a method that does not suit the points refuses now and not when it is printed
+    return made
+
+
+def fit_each(curves: Sequence[tuple[ArrayLike, ArrayLike]], form: str = "saturating") -> list[Fit | Refusal]:
+    """One law to each of many curves (x [n] or [n, d], y [n]) in one batch, by least squares on log residuals.
+
+    As ``fit`` one by one, but a hundred times as fast; a curve that cannot be fitted has its refusal in its place.
+    """
+    law = FORMS[form]
+    held = [
+        (np.asarray(x, np.float64).reshape(len(np.atleast_1d(y)), -1), np.asarray(y, np.float64)) for x, y in curves
+    ]
+    answers: list[Fit | Refusal | None] = [None] * len(held)
+    alike: dict[int, list[int]] = {}
+    for i, (x, y) in enumerate(held):
+        try:
+            check(law, x, y)
+            alike.setdefault(len(y), []).append(i)
+        except Refusal as refusal:
+            answers[i] = refusal
+    for members in alike.values():
+        x, y = (np.stack([held[i][side] for i in members]) for side in (0, 1))
+        found = estimate(law, x, y, np.ones_like(y))
+        for row, i in enumerate(members):
+            answers[i] = result(found.take(row), selection=f"curve {i}")
+    assert all(answer is not None for answer in answers)
+    return [answer for answer in answers if answer is not None]
+
+
+def result(
+    found: Estimate,
+    *,
+    labels: tuple[str, ...] | None = None,
+    interval: Method = "delta",
+    draws: int | None = None,
+    seed: int | None = None,
+    inputs: tuple[str, ...] | None = None,
+    output: str = "y",
+    selection: str = "all points given",
+    conventions: dict[str, str] | None = None,
+) -> Fit:
+    """The typed result of one fit (B = 1)."""
+    law, objective, scale = found.law, found.objective, float(found.scale[0])
+    power = {"squares": 2, "huber": 2, "absolute": 1}[objective.loss] if objective.residuals == "raw" else 0
+    n, p = found.n, len(law.parameters)
+    below, above = found.at_bound
+    at_bound: dict[str, Literal["lower", "upper"]] = {
+        name: "lower" if low else "upper"
+        for name, low, high in zip(law.parameters, below[0], above[0], strict=True)
+        if low or high
+    }
+    k = p + 1  # the residual variance is estimated too
+    spare = n - k - 1
+    rss = float(found.cost[0])
+    aicc = n * math.log(max(rss, 1e-300) / n) + 2 * k * n / spare if spare > 0 and objective.loss == "squares" else None
+    own = objective.delta if objective.delta is None or objective.residuals == "log" else objective.delta * scale
+    told = Objective(objective.residuals, objective.loss, own)
+    sigma = float(found.sigma[0]) * (scale if objective.residuals == "raw" else 1.0)
+    return Fit(
+        form=law.name,
+        formula=law.formula,
+        residuals=objective.residuals,
+        loss=objective.loss,
+        delta=own,
+        estimator=f"{told}, variable projection and damped Newton steps",
+        selection=selection,
+        conventions=conventions or {},
+        inputs=inputs or law.inputs,
+        output=output,
+        x=tuple(tuple(row) for row in (found.x[0] * found.pivots[0]).tolist()),
+        y=tuple((found.y[0] * scale).tolist()),
+        weights=tuple(found.weights[0].tolist()),
+        groups=labels,
+        theta=tuple(found.theta[0].tolist()),
+        centre=tuple(found.centre[0].tolist()),
+        pivots=tuple(found.pivots[0].tolist()),
         scale=scale,
-        params={name: float(v) for name, v in zip(law.parameters, natural[0], strict=True)},
-        bse=bse,
-        covariance=None if covariance is None else tuple(tuple(float(v) for v in row) for row in covariance),
-        interval_method=method,
-        reason=reason,
+        params=dict(zip(law.parameters, found.params[0].tolist(), strict=True)),
+        interval=interval,
+        draws=draws,
+        seed=seed,
         n=n,
-        n_groups=n_groups,
-        dof=dof,
-        sigma=sigma,
-        objective=rss,
+        n_groups=None if labels is None else len(set(labels)),
+        dof=found.dof,
+        sigma=sigma if math.isfinite(sigma) and objective.loss == "squares" else None,
+        objective=rss * scale**power,
+        centre_objective=float(found.centre_cost[0]) * scale**power,
         aicc=aicc,
         at_bound=at_bound,
-        converged=bool(converged[0]),
+        converged=bool(found.converged[0]),
+        solver={"starts": "variable projection", "step": solver.STEP, "gain": solver.GAIN, "steps": solver.ITERATIONS},
         versions=_versions(),
     )
 
@@ -341,7 +251,36 @@ def compare(fits: Sequence[Fit]) -> pd.DataFrame:
             "aicc": pd.array([each.aicc for each in fits], dtype="Float64"),
         }
     )
-    if frame["n"].nunique() > 1:
-        raise Refusal("different_points", "AICc compares forms on the same points only")
+    if frame["n"].nunique() > 1 or len({(each.y, each.residuals, each.loss) for each in fits}) > 1:
+        raise Refusal("different_points", "AICc compares forms on the same points and residuals only")
     frame["delta"] = frame["aicc"] - frame["aicc"].min()
     return frame.sort_values("aicc", ignore_index=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from analysis import question, table  # the command line, which needs fit
+
+    given = question.parser().parse_args(argv)
+    try:
+        try:
+            held, refusal = question.answer(given), None
+        except Refusal as refused:
+            held, refusal = None, refused
+        if held is not None and given.figure:
+            from analysis import portrait  # matplotlib is slow to import
+
+            portrait.write(held.fit, given.figure, at=held.at if len(held.at) else None)
+        if given.json:
+            table.write_json(given.json, question.record(given, held, refusal))
+    except table.TableError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if held is None:
+        print(f"{given.file}: refused, {refusal}", file=sys.stderr)
+        return EXIT_REFUSED
+    print(question.text(held))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

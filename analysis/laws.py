@@ -27,6 +27,7 @@ AMPLITUDE: Bounds = (-27.0, 27.0)  # of ln(amplitude / scale)
 SPREAD = {1: 40, 2: 16, 3: 8, 4: 5}  # exponents tried before the polish, by their number in the form
 FEW = 4  # of them, where there are more
 KEPT = 6  # starts whose own loss is looked at
+ALIVE = 1e-3  # share of the metric that a term starts with at least: one without size has no gradient either
 SINGULAR = 1e-14  # share of the diagonal below which a determinant is rounding
 
 
@@ -56,6 +57,11 @@ class Form(Protocol):
     @property
     def positive(self) -> tuple[str, ...]:
         """Parameters that span decades: their intervals are symmetric in the logarithm."""
+        ...
+
+    @property
+    def asymptote(self) -> str | None:
+        """The parameter that the metric falls to, at least 0, and that intervals look past 0 for."""
         ...
 
     def value(self, theta: Array, x: Array) -> Array: ...
@@ -113,6 +119,10 @@ class Sum:
     @cached_property
     def positive(self) -> tuple[str, ...]:
         return tuple(term.amplitude for term in self.terms)
+
+    @property
+    def asymptote(self) -> str | None:
+        return self.offset
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -225,7 +235,11 @@ class Sum:
         for i in range(linear):
             target[:, :, i] = _weighted(basis[i], w * y)
         amplitudes, loss = non_negative(cross, target)
-        kept = np.argsort(loss, axis=1)[:, : max(KEPT, 2 * count)]
+        kept = np.argsort(loss, axis=1)[:, :KEPT]
+        if count > 1:  # further ones in which every term has a size: a term without one may be stuck there
+            whole = (amplitudes[:, :, int(bool(self.offset)) :] > 0).all(-1)
+            others = np.argsort(np.where(whole, loss, np.inf), axis=1)[:, : 2 * count]
+            kept = np.concatenate([kept, others], axis=1)
         rows = np.arange(len(y))[:, None]
         picked = amplitudes[rows, kept]
         fitted = sum(
@@ -233,13 +247,17 @@ class Sum:
             for i in range(linear)
         )
         own = (weights[:, None] * np.log(np.maximum(fitted, 1e-300) / y[:, None]) ** 2).sum(-1)
-        order = np.argsort(own, axis=1)[:, :count]
+        if count > 1:
+            first = np.argmin(own[:, :KEPT], axis=1)[:, None]
+            order = np.concatenate([first, KEPT + np.argsort(own[:, KEPT:], axis=1)[:, : count - 1]], axis=1)
+        else:
+            order = np.argmin(own, axis=1)[:, None]
         kept, picked = kept[rows, order], picked[rows, order]
         theta = np.empty((len(y), kept.shape[1], p))
         if self.offset:
             theta[:, :, 0] = picked[:, :, 0]
         first = int(bool(self.offset))
-        theta[:, :, first:linear] = np.log(np.maximum(picked[:, :, first:], 1e-300))
+        theta[:, :, first:linear] = np.log(np.maximum(picked[:, :, first:], ALIVE))
         theta[:, :, linear:] = scan[kept]
         return np.clip(theta, self.lower, self.upper)
 

@@ -23,10 +23,11 @@ from scipy import stats
 
 from analysis import load, study
 from analysis.arms import Arm, arm, envelope_table, mean_curve
-from analysis.fit import MISFIT, Fit, fit
+from analysis.fit import MISFIT, fit
 from analysis.forms import FORMS
+from analysis.interval import LEVEL
 from analysis.refusal import Refusal
-from analysis.uncertainty import LEVEL
+from analysis.result import Fit
 
 LAST = 3  # budgets of a local power law
 

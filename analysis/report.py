@@ -20,8 +20,9 @@ from analysis.arms import Arm, envelope_table, named, words
 from analysis.curves import Law, law
 from analysis.fit import compare
 from analysis.frontier import Crossing, arms_of, best, candidates, crossings
+from analysis.interval import Interval, short
 from analysis.refusal import Refusal
-from analysis.uncertainty import Interval, short, spearman, spread
+from analysis.uncertainty import spearman, spread
 
 SHARED = 10  # generators that share stage 1 in the report's second reading of total compute
 
@@ -41,7 +42,7 @@ class Curves:
         """Crossings at which the best rate of all changes hands (identified or not)."""
         found = []
         for each in self.crossings:
-            if each.flops is None:
+            if each.flops is None or each.flops.estimate is None:
                 continue
             at = each.flops.estimate
             heights = {

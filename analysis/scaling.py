@@ -20,6 +20,7 @@ from analysis import report, study
 from analysis.arms import envelope_table, named, nearest, words
 from analysis.curves import Law
 from analysis.frontier import candidates
+from analysis.interval import WIDE_RATIO
 from analysis.report import Curves, Results
 from analysis.theme import (
     ASTERISK,
@@ -42,7 +43,6 @@ from analysis.theme import (
     power,
     verdict,
 )
-from analysis.uncertainty import WIDE_RATIO
 
 DODGE = 0.035  # markers of neighbouring rates are shifted by this share of their compute
 
@@ -122,10 +122,12 @@ def _scaling_panel(axes: Axes, results: Results, curves: Curves, label: str) -> 
     log_axis(axes, "y", min(heights), max(heights))
     for each in curves.frontier:
         if each.verdict == "crossing" and each.flops is not None and each.flops.low and each.flops.high:
-            height = curves.laws[each.first].at(each.flops.estimate)
-            spread = [[each.flops.estimate - each.flops.low], [each.flops.high - each.flops.estimate]]
+            met = each.flops.estimate
+            assert met is not None
+            height = curves.laws[each.first].at(met)
+            spread = [[met - each.flops.low], [each.flops.high - met]]
             axes.errorbar(
-                each.flops.estimate,
+                met,
                 height,
                 xerr=spread,
                 fmt="d",

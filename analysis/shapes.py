@@ -27,6 +27,7 @@ class Shape:
     inputs: tuple[str, ...]
     limits: dict[str, Bounds]
     positive: tuple[str, ...] = ()
+    asymptote: str | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -64,6 +65,7 @@ class Interaction(Shape):
     formula = "y = E + (A N^-a + B D^-b)^g"
     inputs = ("N", "D")
     positive = ("A", "B")
+    asymptote = "E"
     limits: dict[str, Bounds] = {  # noqa: RUF012
         "E": (0.0, np.inf),
         "A": AMPLITUDE,
@@ -165,6 +167,7 @@ class Broken(Shape):
     formula = "y = E + A x^-a (1 + (x/d)^(1/f))^(-c f)"
     inputs = ("x",)
     positive = ("A", "d", "f")
+    asymptote = "E"
     limits: dict[str, Bounds] = {  # noqa: RUF012
         "E": (0.0, np.inf),
         "A": AMPLITUDE,

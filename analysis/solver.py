@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.laws import Array, Form
+from analysis.laws import ALIVE, Array, Form
 
 Residuals = Literal["log", "raw"]
 Loss = Literal["squares", "huber", "absolute"]
@@ -30,10 +30,11 @@ Flags = NDArray[np.bool_]
 ITERATIONS = 200
 STEP = 1e-11  # relative step at which a refit has converged
 GAIN = 1e-15  # predicted share of the loss that a step would gain, likewise
-WIDE = 4.0  # typical residuals: the first delta
+WIDE = 2.0  # typical residuals: the first delta
 NARROW = 0.1  # from one delta to the next
 SETTLE = 40  # steps at each delta on the way, at most
 TINY = 1e-10  # of a typical residual: the delta that stands for none
+RETRIED = 4  # starts, where the first ends at a bound
 BLOCK = 80_000  # elements of a batch's Jacobians that are worked on at a time: they stay in the cache
 DAMPED = (1e-12, 1e10)
 
@@ -79,11 +80,14 @@ def solve(
     objective: Objective = Objective(),
     *,
     start: Array | None = None,
+    limits: tuple[Array, Array] | None = None,
 ) -> Solution:
     """Refits of one form. ``x [1 or B, n, d]``, ``y [1 or B, n]`` > 0 of order one, ``weights [B, n]`` >= 0.
 
-    A weight of 0 leaves a point out. ``start`` [B, p] or [p] replaces the form's own.
+    A weight of 0 leaves a point out. ``start`` [B, p] or [p] replaces the form's own, ``limits`` its bounds
+    (each [p] or [B, p]; a parameter whose two bounds agree is held there).
     """
+    bounds = (form.lower, form.upper) if limits is None else limits
     count = len(weights)
     blocks = max(1, min(count, math.ceil(count * x.shape[1] * len(form.parameters) / BLOCK)))
     edges = np.linspace(0, count, blocks + 1).astype(int)
@@ -93,14 +97,12 @@ def solve(
             return array if len(array) == 1 else array[low:high]
 
         w = weights[low:high]
+        inside = bounds if bounds[0].ndim == 1 else (bounds[0][low:high], bounds[1][low:high])
         at = cut(x), np.broadcast_to(cut(y), w.shape), w
         if start is None:
-            theta = form.starts(*at)[:, 0]
-        else:
-            theta = np.array(
-                np.broadcast_to(start if start.ndim == 1 else start[low:high], (high - low, start.shape[-1]))
-            )
-        return _descend(form, *at, objective, theta)
+            return _anew(form, *at, objective, inside)
+        theta = np.broadcast_to(start if start.ndim == 1 else start[low:high], (high - low, start.shape[-1]))
+        return _descend(form, *at, objective, np.array(theta), inside)
 
     ranges = [(int(low), int(high)) for low, high in itertools.pairwise(edges) if high > low]
     if len(ranges) == 1:
@@ -110,11 +112,35 @@ def solve(
     return Solution(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
-def _descend(form: Form, x: Array, y: Array, weights: Array, objective: Objective, theta: Array) -> Solution:
+def _anew(
+    form: Form, x: Array, y: Array, weights: Array, objective: Objective, limits: tuple[Array, Array]
+) -> Solution:
+    """From the form's own start; where an exponent ends at a bound or a term dies out, also from others."""
+    found = _descend(form, x, y, weights, objective, form.starts(x, y, weights)[:, 0], limits)
+    free = np.array([name != form.asymptote for name in form.parameters])
+    lowest = np.where([name in form.positive for name in form.parameters], np.log(ALIVE), limits[0])
+    stuck = np.flatnonzero((((found.theta <= lowest) | (found.theta >= limits[1])) & free).any(1))
+    if not len(stuck):
+        return found
+    at = (x if len(x) == 1 else x[stuck], y[stuck], weights[stuck])
+    others = form.starts(*at, RETRIED)
+    inside = limits if limits[0].ndim == 1 else (limits[0][stuck], limits[1][stuck])
+    for i in range(1, others.shape[1]):
+        again = _descend(form, *at, objective, others[:, i], inside)
+        better = again.cost < found.cost[stuck]
+        rows = stuck[better]
+        for held, new in zip(found, again, strict=True):
+            held[rows] = new[better]
+    return found
+
+
+def _descend(
+    form: Form, x: Array, y: Array, weights: Array, objective: Objective, theta: Array, limits: tuple[Array, Array]
+) -> Solution:
     """Through decreasing deltas to the objective's own."""
-    theta = np.clip(theta, form.lower, form.upper)
+    theta = np.clip(theta, *limits)
     if objective.loss == "squares":
-        return _newton(form, x, y, weights, objective, theta, math.inf, ITERATIONS)
+        return _newton(form, x, y, weights, objective, theta, limits, math.inf, ITERATIONS)
     with np.errstate(all="ignore"):
         size = np.abs(residual(objective, form.value(theta, x), y))
     typical = float(np.median(size)) or 1.0
@@ -122,9 +148,9 @@ def _descend(form: Form, x: Array, y: Array, weights: Array, objective: Objectiv
     delta = max(WIDE * typical, last)
     found = Solution(theta, np.zeros(len(theta)), np.zeros(len(theta), bool))
     while delta > last:
-        found = _newton(form, x, y, weights, objective, found.theta, delta, SETTLE)
+        found = _newton(form, x, y, weights, objective, found.theta, limits, delta, SETTLE)
         delta *= NARROW
-    found = _newton(form, x, y, weights, objective, found.theta, last, ITERATIONS)
+    found = _newton(form, x, y, weights, objective, found.theta, limits, last, ITERATIONS)
     return found._replace(cost=objective.total(residual(objective, form.value(found.theta, x), y), weights))
 
 
@@ -142,11 +168,12 @@ def _newton(
     weights: Array,
     objective: Objective,
     theta: Array,
+    limits: tuple[Array, Array],
     delta: float,
     iterations: int,
 ) -> Solution:
     """Damped Newton descent of Huber's loss at one delta (infinite: squares, without the half)."""
-    log, lower, upper = objective.residuals == "log", form.lower, form.upper
+    log, own = objective.residuals == "log", limits[0].ndim > 1
     theta = theta.copy()
     count, p = theta.shape
     half = 2.0 if math.isinf(delta) else 1.0  # the loss over that of the derivatives below
@@ -173,6 +200,7 @@ def _newton(
         at = x if len(x) == 1 or whole else x[rows]
         current, w = (theta, weights) if whole else (theta[rows], weights[rows])
         f, res = (value, r) if whole else (value[rows], r[rows])
+        lower, upper = (limits[0][rows], limits[1][rows]) if own else limits
         jacobian = form.jacobian(current, at)
         size = np.abs(res)
         if log:

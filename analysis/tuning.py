@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis.uncertainty import short
+from analysis.interval import short
 
 # settings compete at one target, or at one point of a plan by steps
 BUDGET = pl.coalesce("flops_target", pl.col("flops_to_point").round_sig_figs(3))

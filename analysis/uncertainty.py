@@ -1,16 +1,14 @@
-"""How sure is an estimate? Student-t intervals, parametric-t bootstrap, resampling by tokenizer seed > generator run.
+"""How sure is an estimate over tokenizer seeds? Hierarchical resampling (tokenizer > generator run), paired contrasts.
 
-Percentiles of a bootstrap undercover badly at the sizes of such studies (77-88 % at a nominal 95 % with five to
-eight runs); the delta method with Student-t and the parametric-t bootstrap hold theirs. Where tokenizers differ,
-their seed is the unit: its number, not that of the points, gives the degrees of freedom. An interval that cannot
-be had is null with a reason, never of zero width.
+Where tokenizers differ, their seed is the unit: its number, not that of the points, gives the degrees of freedom of a
+Student-t interval. Intervals of one fit are in ``analysis.estimate``, bootstraps of it in ``analysis.resampling``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -18,105 +16,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from analysis.fit import Fit
-from analysis.forms import FORMS
+from analysis.interval import LEVEL, Interval, student
 from analysis.laws import Array
 from analysis.refusal import Refusal
-from analysis.solver import Objective, solve
 
-LEVEL = 0.95
 DRAWS = 1000
 Units = Literal["tokenizer seeds", "generator seeds given one tokenizer"]  # what an interval speaks about
-WIDE_RATIO = 3.0  # an interval of compute whose ends are further apart than this is "not identified"
-WIDE_SHARE = 0.30  # so is one of an exponent that is wider than this share of it
-
-
-def short(value: float) -> str:
-    """Three digits for a sentence: 0.541, 12.6, 3e9, 1.27e11."""
-    text = f"{value:.3g}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else text.replace("e+0", "e").replace("e+", "e")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its interval; ``low`` and ``high`` are None, with a reason, where there is none."""
-
-    estimate: float
-    low: float | None
-    high: float | None
-    level: float
-    method: str
-    dof: int | None = None
-    reason: str | None = None
-
-    def identified(self, kind: Literal["ratio", "share"]) -> bool:
-        """Narrow enough to be drawn: within a factor (compute), or within a share of the estimate (exponents)."""
-        if self.low is None or self.high is None:
-            return False
-        if kind == "ratio":
-            return self.low > 0 and self.high / self.low <= WIDE_RATIO
-        return self.high - self.low <= WIDE_SHARE * abs(self.estimate)
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{short(self.estimate)} (no interval: {self.reason})"
-        return f"{short(self.estimate)} [{short(self.low)}, {short(self.high)}]"
-
-
-def student(
-    estimate: float, error: float | None, dof: int, method: str, *, level: float = LEVEL, floor: float | None = None
-) -> Interval:
-    """estimate +- t(dof) x error; ``floor`` is the least value that makes sense."""
-    if error is None or not math.isfinite(error):
-        return Interval(estimate, None, None, level, method, dof, "no standard error")
-    if dof < 1:
-        return Interval(estimate, None, None, level, method, dof, "no degree of freedom is left")
-    if error <= 1e-12 * max(abs(estimate), 1e-300):
-        return Interval(estimate, None, None, level, method, dof, "all replicates agree, which says nothing")
-    half = float(stats.t.ppf(0.5 + level / 2, dof)) * error
-    low = estimate - half
-    return Interval(estimate, low if floor is None else max(low, floor), estimate + half, level, method, dof)
-
-
-def delta(fit: Fit, level: float = LEVEL) -> dict[str, Interval]:
-    """The intervals of a fit's own covariance, by parameter."""
-    limits = fit.conf_int(1 - level)
-    found = {}
-    for name, value in fit.params.items():
-        low, high = (float(limit) for limit in limits.loc[[name]].to_numpy()[0])
-        if math.isfinite(low) and math.isfinite(high):
-            found[name] = Interval(value, low, high, level, fit.interval_method, fit.dof)
-        else:
-            reason = fit.reason or "no degree of freedom is left"
-            found[name] = Interval(value, None, None, level, fit.interval_method, fit.dof, reason)
-    return found
-
-
-def parametric_t(fit: Fit, draws: int = 2 * DRAWS, seed: int = 0, level: float = LEVEL) -> dict[str, Interval]:
-    """Percentiles of refits to curves drawn from the fitted one, by parameter.
-
-    The noise of each draw has its own scale, sigma sqrt(dof / chi2(dof)): what is known of sigma at this n, so that
-    the draws are Student-t and not normal. For points that are independent; ``Refusal`` for grouped ones.
-    """
-    method = f"parametric-t bootstrap, {draws} draws"
-    if fit.n_groups is not None:
-        raise Refusal("grouped", "a parametric bootstrap takes points as independent; these come in groups")
-    if fit.sigma is None:
-        return {n: Interval(v, None, None, level, method, 0, "no degree of freedom") for n, v in fit.params.items()}
-    law, rng = FORMS[fit.form], np.random.default_rng(seed)
-    x = np.repeat((np.asarray(fit.x) / np.asarray(fit.pivots))[None], draws, 0)
-    weights = np.repeat(np.asarray(fit.weights)[None], draws, 0)
-    center = law.value(np.asarray(fit.theta)[None], x[:1])
-    scale = fit.sigma * np.sqrt(fit.dof / rng.chisquare(fit.dof, (draws, 1)))
-    noise = scale * rng.standard_normal((draws, fit.n)) / np.sqrt(np.maximum(weights, 1e-300))
-    y = center * np.exp(noise) if fit.residuals == "log" else np.maximum(center + noise, 1e-12)
-    theta, _, _ = solve(law, x, y, weights, Objective(fit.residuals))
-    values, _ = law.natural(theta, np.asarray(fit.pivots), fit.scale)
-    tails = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    return {
-        name: Interval(value, float(tails[0, i]), float(tails[1, i]), level, method, fit.dof)
-        for i, (name, value) in enumerate(fit.params.items())
-    }
 
 
 def inflation(units: int) -> float:

@@ -13,11 +13,12 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import figures
+from analysis import figures, published
 from sweep.schema import VERSION, schema
 
 EXTRACTORS = ("digits-supervised", "digits-contrastive")
@@ -295,3 +296,11 @@ def agg(monkeypatch):
     monkeypatch.setattr(figures, "DPI", 50)
     yield
     assert not plt.get_fignums()
+
+
+@pytest.fixture(scope="session")
+def replication():
+    """The 240 points of the Chinchilla replication (Besiroglu et al., arXiv 2404.10102): [N, D] and loss."""
+    held = published.table("chinchilla").filter(pl.col("loss") < 3.446995430227908)
+    n, flops = held["model_size"].to_numpy(), held["flops"].to_numpy()
+    return np.stack([n, flops / (6 * n)], axis=-1), held["loss"].to_numpy()

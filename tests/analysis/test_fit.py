@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import check_grad, least_squares
 
-from analysis.fit import Fit, compare, fit
+from analysis.fit import compare, fit
 from analysis.forms import FORMS
 from analysis.refusal import Refusal
+from analysis.result import Fit
 from analysis.solver import solve
 
 X = np.geomspace(1e9, 1e11, 6)

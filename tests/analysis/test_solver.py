@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
-import polars as pl
 import pytest
 
 from analysis.forms import FORMS
-from analysis.published import table
 from analysis.solver import Objective, solve
 
 CHINCHILLA = FORMS["chinchilla"]
 HUBER = Objective("log", "huber", 1e-3)
-
-
-@cache
-def rows():
-    """The 240 points of the Chinchilla replication (Besiroglu et al., arXiv 2404.10102): N, D and loss."""
-    held = table("chinchilla").filter(pl.col("loss") < 3.446995430227908)
-    n, flops = held["model_size"].to_numpy(), held["flops"].to_numpy()
-    return np.stack([n, flops / (6 * n)], axis=-1), held["loss"].to_numpy()
 
 
 def scaled(x, y):
@@ -29,23 +17,29 @@ def scaled(x, y):
     return (x / pivots)[None], (y / scale)[None], pivots, scale
 
 
-def solved(objective, units=(1.0, 1.0), weight=1.0):
-    x, y, pivots, scale = scaled(rows()[0] * units, rows()[1])
-    found = solve(CHINCHILLA, x, y, np.full_like(y, weight), objective)
-    assert found.converged.all()
-    params = dict(zip(CHINCHILLA.parameters, CHINCHILLA.natural(found.theta, pivots, scale)[0][0], strict=True))
-    return params, float(found.cost[0]), (x, y, found.theta[0])
+@pytest.fixture
+def solved(replication):
+    """The fit of the replication's points: parameters, loss, and the points scaled with their optimum."""
+
+    def solution(objective, units=(1.0, 1.0), weight=1.0):
+        x, y, pivots, scale = scaled(replication[0] * units, replication[1])
+        found = solve(CHINCHILLA, x, y, np.full_like(y, weight), objective)
+        assert found.converged.all()
+        params = dict(zip(CHINCHILLA.parameters, CHINCHILLA.natural(found.theta, pivots, scale)[0][0], strict=True))
+        return params, float(found.cost[0]), (x, y, found.theta[0])
+
+    return solution
 
 
-def test_huber_finds_the_optimum_of_the_chinchilla_replication():
-    assert len(rows()[1]) == 240
+def test_huber_finds_the_optimum_of_the_chinchilla_replication(solved, replication):
+    assert len(replication[1]) == 240
     params, cost, _ = solved(HUBER)
     assert cost == pytest.approx(1.0182740178005976e-03, abs=1e-12)
     expected = {"A": 477.8259, "B": 2143.4174, "E": 1.8172181, "a": 0.34731050, "b": 0.36717243}
     assert params == pytest.approx(expected, rel=1e-7)
 
 
-def test_absolute_deviations_are_those_that_were_published_as_huber():
+def test_absolute_deviations_are_those_that_were_published_as_huber(solved):
     """The published 482.01 and 2085.43 minimise the absolute error; as Huber's they are off by 1 and 3 %."""
     params, cost, _ = solved(Objective("log", "absolute"))
     assert cost == pytest.approx(1.129494653621555, abs=1e-8)
@@ -53,15 +47,15 @@ def test_absolute_deviations_are_those_that_were_published_as_huber():
     assert [params["A"], params["B"], params["a"], params["b"]] == pytest.approx(list(expected.values()), rel=2e-6)
 
 
-def test_squares_of_raw_losses():
+def test_squares_of_raw_losses(solved, replication):
     params, cost, (_, y, _) = solved(Objective("raw"))
-    scale = rows()[1][0] / y[0, 0]
+    scale = replication[1][0] / y[0, 0]
     assert cost * scale**2 == pytest.approx(0.083203807693, rel=1e-6)
     assert params["E"] == pytest.approx(1.8828, rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", [Objective(), HUBER, Objective("log", "absolute"), Objective("raw")], ids=str)
-def test_neither_units_nor_the_scale_of_the_loss_matter(objective):
+def test_neither_units_nor_the_scale_of_the_loss_matter(solved, objective):
     plain, cost, _ = solved(objective)
     other, light, _ = solved(objective, units=(1e-6, 1e-9), weight=1e-6)
     assert light == pytest.approx(1e-6 * cost, rel=1e-9)
@@ -69,7 +63,7 @@ def test_neither_units_nor_the_scale_of_the_loss_matter(objective):
     assert other["A"] == pytest.approx(plain["A"] * 1e-6 ** plain["a"], rel=1e-6)
 
 
-def test_bootstrap_refits_reach_the_optimum_that_a_start_of_their_own_finds():
+def test_bootstrap_refits_reach_the_optimum_that_a_start_of_their_own_finds(solved):
     _, _, (x, y, theta) = solved(HUBER)
     rng = np.random.default_rng(0)
     weights = np.array([np.bincount(rng.integers(0, 240, 240), minlength=240) for _ in range(60)], np.float64)
@@ -102,3 +96,17 @@ def test_derivatives_and_units_of_every_form(name):
     logs = [name in form.positive for name in form.parameters]
     reported = np.where(logs, np.log(np.where(logs, natural, 1.0)), natural)
     assert form.value(reported, x * pivots) == pytest.approx(scale * form.value(theta, x), rel=1e-10)
+
+
+@pytest.mark.parametrize("floor", [60.0, 400.0, 4000.0])
+@pytest.mark.parametrize("left_out", [None, 16.0, 48.0, 96.0])
+def test_a_small_floor_is_found(floor, left_out):
+    """A term that the start leaves without size has no gradient: other starts are tried where one has died."""
+    form = FORMS["tradeoff"]
+    bits = np.array([bits for bits in (16.0, 24.0, 32.0, 48.0, 64.0, 96.0) if bits != left_out])
+    x = np.stack(np.meshgrid(bits, np.geomspace(1e15, 1e18, 6)), axis=-1).reshape(-1, 2)
+    y = floor * x[:, 0] ** -0.8 + 4e4 * x[:, 0] ** 1.2 * x[:, 1] ** -0.3
+    at, metric, pivots, scale = scaled(x, y)
+    found = solve(form, at, metric, np.ones_like(metric))
+    assert found.cost[0] < 1e-16
+    assert form.natural(found.theta, pivots, scale)[0][0] == pytest.approx([floor, 4e4, 0.8, 1.2, 0.3], rel=1e-6)

@@ -6,20 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.fit import fit
+from analysis.interval import Interval, student
 from analysis.refusal import Refusal
 from analysis.uncertainty import (
-    Interval,
-    delta,
     hierarchical,
     inflation,
     paired,
-    parametric_t,
     resample_units,
-    short,
     spearman,
     spread,
-    student,
     wider,
 )
 
@@ -30,34 +25,6 @@ def curve(seed, n=6, sd=0.03):
     rng = np.random.default_rng(seed)
     x = np.geomspace(1, 100, n)
     return x, (2 + 10 * x**-0.5) * np.exp(sd * rng.standard_normal(n))
-
-
-def test_student_says_why_there_is_no_interval():
-    assert student(1.0, 0.1, 2, "m").low == pytest.approx(1 - 0.4303, abs=1e-3)
-    assert student(1.0, 0.1, 0, "m").reason == "no degree of freedom is left"
-    assert student(1.0, 0.0, 3, "m").low is None
-    assert student(1.0, None, 3, "m").reason == "no standard error"
-    assert student(0.1, 0.1, 2, "m", floor=0.0).low == 0.0
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "kind", "told"),
-    [(1.0, 2.9, "ratio", True), (1.0, 3.1, "ratio", False), (0.9, 1.15, "share", True), (0.9, 1.25, "share", False)],
-)
-def test_wide_estimates_are_not_identified(low, high, kind, told):
-    assert Interval(1.0, low, high, 0.95, "m").identified(kind) is told
-    assert not Interval(1.0, None, None, 0.95, "m", reason="none").identified(kind)
-
-
-def test_parametric_t_agrees_with_delta_where_both_hold():
-    found = fit(*curve(0, 12))
-    one, other = parametric_t(found, 2000)["a"], delta(found)["a"]
-    assert one.low == pytest.approx(other.low, abs=0.25 * (other.high - other.low))
-    assert one.high == pytest.approx(other.high, abs=0.25 * (other.high - other.low))
-    grouped = fit(np.tile(X, 2), np.concatenate([curve(1)[1], curve(2)[1]]), groups=[0] * 6 + [1] * 6)
-    for held in (grouped, fit(X, curve(1)[1], groups=[0] * 6)):
-        with pytest.raises(Refusal, match="groups"):
-            parametric_t(held)
 
 
 @pytest.mark.parametrize("units", [2, 3, 8])
@@ -120,23 +87,3 @@ def test_rank_agreement_counts_tokenizers_not_points():
     assert perfect.low is None
     with pytest.raises(Refusal):
         spearman([1, 2], [1, 2], ["a", "b"])
-
-
-@pytest.mark.parametrize(("value", "text"), [(3e9, "3e9"), (0.5412, "0.541"), (12.61, "12.6"), (1234.5, "1,234")])
-def test_numbers_are_short(value, text):
-    assert short(value) == text
-
-
-@pytest.mark.slow
-def test_delta_t_covers_at_six_points():
-    covered = {"E": 0, "a": 0, "ahead": 0}
-    trials = 2000
-    for seed in range(trials):
-        found = fit(*curve(seed))
-        limits = found.conf_int()
-        covered["E"] += limits.loc["E", "lower"] <= 2 <= limits.loc["E", "upper"]
-        covered["a"] += limits.loc["a", "lower"] <= 0.5 <= limits.loc["a", "upper"]
-        ahead = found.get_prediction([1000.0]).summary_frame().iloc[0]
-        covered["ahead"] += ahead["mean_ci_lower"] <= 2 + 10 * 1000**-0.5 <= ahead["mean_ci_upper"]
-    shares = {name: count / trials for name, count in covered.items()}
-    assert all(0.92 <= share <= 0.985 for share in shares.values()), shares

@@ -1,0 +1,345 @@
+"""What is a fitted law? Parameters, intervals, predictions, and everything needed to fit it again.
+
+In the spirit of statsmodels' results: ``params``, ``bse``, ``conf_int()``, ``predict()``, ``get_prediction()``,
+``summary()``, and JSON that reads back as the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from analysis import resampling
+from analysis.estimate import SURE_LEVEL, Ends, Estimate
+from analysis.forms import FORMS
+from analysis.interval import LEVEL, Interval
+from analysis.laws import Array
+from analysis.profile import profile
+from analysis.resampling import UNITS, Draws, Kind
+from analysis.solver import Loss, Objective, Residuals
+
+Method = Literal["delta", "profile", "rows", "groups", "residuals", "parametric-t"]
+ALONE = "one group says nothing about another, and its points are not independent"
+EXACT = 1e-9  # residuals of this size are rounding
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The fitted curve at given x: standard errors, intervals of the curve and of a new observation."""
+
+    fit: Fit
+    x: Array
+
+    @cached_property
+    def _ends(self) -> Ends:
+        return self.fit.curve(self.x, LEVEL)
+
+    @property
+    def mean(self) -> Array:
+        return self._ends.estimate
+
+    @property
+    def se_log(self) -> Array:
+        """Standard error of ln y of the curve; NaN where there is none."""
+        return self._ends.error / self._ends.estimate
+
+    @property
+    def identified(self) -> list[bool]:
+        """Whether the interval of the curve can be quoted (``analysis.estimate``)."""
+        return [bool(sure) for sure in self._ends.identified]
+
+    def summary_frame(self, alpha: float = 0.05) -> pd.DataFrame:
+        """Columns mean, mean_se, mean_ci_lower, mean_ci_upper, obs_ci_lower, obs_ci_upper, as in statsmodels.
+
+        NaN where there is no interval. Index: x, or the row where there are several inputs.
+        """
+        ends = self.fit.curve(self.x, 1 - alpha)
+        spread = np.hypot(ends.error / ends.estimate, self.fit.noise(ends.estimate))
+        with np.errstate(invalid="ignore", over="ignore"):
+            wide = stats.t.ppf(1 - alpha / 2, np.where(ends.dof > 0, ends.dof, np.nan)) * spread
+            low, high = ends.estimate * np.exp(-wide), ends.estimate * np.exp(wide)
+        single = self.x.ndim == 1 or self.x.shape[1] == 1
+        return pd.DataFrame(
+            {
+                "mean": ends.estimate,
+                "mean_se": ends.error,
+                "mean_ci_lower": ends.low,
+                "mean_ci_upper": ends.high,
+                "obs_ci_lower": np.minimum(low, ends.low),
+                "obs_ci_upper": np.maximum(high, ends.high),
+            },
+            index=pd.Index(self.x.reshape(-1), name="x") if single else None,
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law and everything needed to fit it again."""
+
+    form: str
+    formula: str
+    residuals: Residuals
+    loss: Loss
+    delta: float | None  # Huber's, in units of the residuals
+    estimator: str
+    selection: str  # which points, in words
+    conventions: dict[str, str]  # what the inputs and the output are, in words or as expressions
+    inputs: tuple[str, ...]
+    output: str
+    x: tuple[tuple[float, ...], ...]
+    y: tuple[float, ...]
+    weights: tuple[float, ...]
+    groups: tuple[str, ...] | None
+    theta: tuple[float, ...]  # scaled parameters
+    centre: tuple[float, ...]  # the same, the asymptote free to be negative
+    pivots: tuple[float, ...]
+    scale: float
+    params: dict[str, float]
+    interval: Method
+    draws: int | None  # of a bootstrap
+    seed: int | None
+    n: int
+    n_groups: int | None
+    dof: int
+    sigma: float | None  # residual standard deviation
+    objective: float  # the loss, summed
+    centre_objective: float
+    aicc: float | None
+    at_bound: dict[str, Literal["lower", "upper"]]
+    converged: bool
+    solver: dict[str, float | str]  # starts and tolerances
+    versions: dict[str, str]
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """The same fit as arrays in scaled units."""
+        pivots, scale = np.asarray(self.pivots), self.scale
+        codes = None if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
+        if codes is not None and len(np.unique(codes)) == len(codes):
+            codes = None  # one row per group: rows are independent
+        delta = self.delta if self.residuals == "log" or self.delta is None else self.delta / scale
+        return Estimate(
+            law=FORMS[self.form],
+            x=(np.asarray(self.x) / pivots)[None],
+            y=np.asarray(self.y)[None] / scale,
+            weights=np.asarray(self.weights)[None],
+            codes=codes,
+            objective=Objective(self.residuals, self.loss, delta),
+            pivots=pivots[None],
+            scale=np.array([scale]),
+            theta=np.asarray(self.theta)[None],
+            centre=np.asarray(self.centre)[None],
+            cost=np.array([self._scaled(self.objective)]),
+            centre_cost=np.array([self._scaled(self.centre_objective)]),
+            converged=np.array([self.converged]),
+        )
+
+    def _scaled(self, objective: float) -> float:
+        """A loss in units of y as one of scaled y."""
+        if self.residuals == "log":
+            return objective
+        return objective / (self.scale if self.loss == "absolute" else self.scale**2)
+
+    @cached_property
+    def drawn(self) -> Draws | None:
+        """The refits behind the intervals, where they come from a bootstrap."""
+        if self.interval in ("delta", "profile") or self.reason:
+            return None
+        kind: Kind = self.interval  # type: ignore[assignment]
+        return resampling.draw(self.estimate, kind, self.draws or 0, self.seed or 0)
+
+    @property
+    def interval_method(self) -> str:
+        """How intervals are made, in words."""
+        if self.n_groups == 1:
+            return "none, given one group"
+        if self.interval == "delta":
+            return self.estimate.method
+        if self.interval == "profile":
+            return f"profile, F(1, {self.dof}), points taken as independent"
+        held = self.drawn
+        if held is None:
+            return "none"
+        short = held.units < UNITS and self.interval != "parametric-t"
+        few = f"; fewer than {UNITS} units, where percentiles cover too little" if short else ""
+        return f"percentiles, {held.method}{few}"
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why there are no intervals at all, when there are none."""
+        law = FORMS[self.form]
+        if self.n_groups == 1:
+            return ALONE
+        if self.n <= len(law.parameters):
+            return "no degree of freedom is left"
+        if self.sigma is not None and self.sigma <= EXACT * (1.0 if self.residuals == "log" else self.scale):
+            return "the points lie on the law to the last digit, which says nothing"
+        if self.interval != "delta":
+            return None
+        if self.loss != "squares":
+            return (
+                f"an interval of this loss is a bootstrap's, which needs {UNITS} independent units to cover what it "
+                "says; least squares has one at any number"
+            )
+        covariance = self.estimate.covariance
+        assert covariance is not None
+        diagonal = np.diag(covariance.matrix[0])
+        if np.isnan(diagonal).any():
+            return "the parameters cannot be told apart on these points"
+        if not (np.sqrt(np.abs(diagonal)) > EXACT).any():
+            return "the groups agree to the last digit, so their spread says nothing"
+        return None
+
+    @cached_property
+    def bse(self) -> dict[str, float | None]:
+        """Standard errors by parameter; None where there is none."""
+        names = list(self.params)
+        if self.reason:
+            return dict.fromkeys(names)
+        held = self.drawn
+        errors = self.estimate.parameters().error[0] if held is None else held.error
+        return {name: float(error) if math.isfinite(error) else None for name, error in zip(names, errors, strict=True)}
+
+    def intervals(self, level: float = LEVEL) -> dict[str, Interval]:
+        """By parameter; null with the reason where there is none."""
+        method = self.interval_method
+        if self.reason:
+            return {n: Interval(v, None, None, level, method, self.dof, self.reason) for n, v in self.params.items()}
+        if self.interval == "profile":
+            return profile(self.estimate, level)
+        held = self.drawn
+        if held is not None:
+            return {
+                name: _percentiles(value, held.values[:, i], level, method, self.dof)
+                for i, (name, value) in enumerate(self.params.items())
+            }
+        ends, law = self.estimate.parameters(level), FORMS[self.form]
+        made = {}
+        for i, (name, value) in enumerate(self.params.items()):
+            low, high, dof = (float(each[0, i]) for each in (ends.low, ends.high, ends.dof))
+            if math.isfinite(low) and math.isfinite(high):
+                made[name] = Interval(value, low, high, level, method, dof)
+                continue
+            falls = name == law.asymptote and math.isfinite(float(ends.error[0, i]))
+            why = (
+                "the points fall faster than an asymptote of 0 or more allows"
+                if falls
+                else "the points say nothing about it"
+            )
+            made[name] = Interval(value, None, None, level, method, dof if math.isfinite(dof) else None, why)
+        return made
+
+    @cached_property
+    def identified(self) -> dict[str, bool]:
+        """Which intervals can be quoted: an exponent within a third of itself, a level within half (linearised)."""
+        held = self.drawn
+        if held is None:
+            sure = self.estimate.parameters().identified[0]
+        else:
+            ends = np.array([(i.low or math.nan, i.high or math.nan) for i in self.intervals().values()])
+            sure = self.estimate.quotable(self.estimate.params, (ends[:, 1] - ends[:, 0])[None] / 2)[0]
+        return {name: bool(flag) and not self.reason for name, flag in zip(self.params, sure, strict=True)}
+
+    def curve(self, x: Array, level: float = LEVEL) -> Ends:
+        """The law and its interval at x [m] or [m, d]."""
+        at = np.asarray(x, np.float64).reshape(len(x), -1)
+        ends = self.estimate.curve(at, level)
+        nothing = np.full(len(at), np.nan)
+        mean = ends.estimate[0]
+        if self.reason or self.interval == "profile":
+            return Ends(mean, nothing, nothing, nothing, nothing, np.zeros(len(at), bool))
+        held = self.drawn
+        if held is None:
+            return Ends(*(each[0] for each in ends))
+        theta = held.theta[np.isfinite(held.theta).all(1)]
+        values = self.scale * FORMS[self.form].value(theta, (at / np.asarray(self.pivots))[None])
+        low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        exponents = [name for name, needed in zip(self.params, self.estimate.decaying, strict=True) if needed]
+        sure = (high - low <= 2 * SURE_LEVEL * mean) & all(self.identified[name] for name in exponents)
+        return Ends(mean, values.std(0), low, high, np.full(len(at), float(self.dof)), np.asarray(sure, np.bool_))
+
+    def noise(self, mean: Array) -> Array:
+        """Standard deviation of ln y of a new observation about the law; to first order for raw residuals."""
+        sigma = np.full(len(mean), math.nan if self.sigma is None else self.sigma)
+        return np.asarray(sigma / mean if self.residuals == "raw" else sigma)
+
+    def predict(self, x: ArrayLike) -> Array:
+        """The fitted curve at x [m] (or [m, d])."""
+        flat = np.asarray(x, np.float64)
+        at = flat.reshape(len(flat), -1) / np.asarray(self.pivots)
+        return np.asarray(FORMS[self.form].value(np.asarray(self.theta)[None], at[None])[0] * self.scale)
+
+    def get_prediction(self, x: ArrayLike) -> Prediction:
+        """The curve with intervals at x."""
+        return Prediction(self, np.asarray(x, np.float64))
+
+    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
+        """lower and upper per parameter; one-sided at a bound (that end is the bound); NaN where there is none."""
+        rows = {
+            name: (math.nan if each.low is None else each.low, math.nan if each.high is None else each.high)
+            for name, each in self.intervals(1 - alpha).items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["lower", "upper"])
+
+    def summary(self) -> str:
+        """A text block: the law, its parameters with intervals, and how it was fitted."""
+        lines = [f"{self.output}: {self.formula}, {', '.join(self._named())}"]
+        for name, each in self.intervals().items():
+            mark = f"  at its {self.at_bound[name]} bound" if name in self.at_bound else ""
+            if each.low is None or each.high is None:
+                ends = "no interval" + (f": {each.reason}" if each.reason != self.reason else "")
+            else:
+                ends = f"[{each.low:.7g}, {each.high:.7g}]"
+                mark += "" if self.identified[name] else "  not identified"
+            lines.append(f"  {name:<2} {each.estimate:< 15.7g} {ends}{mark}")
+        clusters = f" in {self.n_groups} groups" if self.n_groups else ""
+        lines.append(f"  n = {self.n}{clusters}, dof = {self.dof}; {self.estimator}; {self.interval_method}")
+        aicc = "none at this n or loss" if self.aicc is None else f"{self.aicc:.3f}"
+        sigma = "none" if self.sigma is None else f"{self.sigma:.4g}"
+        lines.append(f"  objective {self.objective:.10g}, residual sd {sigma}, AICc {aicc}; {self.selection}")
+        return "\n".join(lines + ([f"  no intervals: {self.reason}"] if self.reason else []))
+
+    def _named(self) -> list[str]:
+        """Inputs of the form and the columns they are."""
+        return [
+            f"{own} = {given}" if own != given else own
+            for own, given in zip(FORMS[self.form].inputs, self.inputs, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, also what follows from it (bse, conf_int, identified, interval_method, reason); no NaN."""
+        ends = {name: [each.low, each.high] for name, each in self.intervals().items()}
+        reasons = {name: each.reason for name, each in self.intervals().items() if each.reason}
+        derived = {"bse": self.bse, "conf_int": ends, "conf_int_reasons": reasons, "identified": self.identified}
+        return asdict(self) | derived | {"interval_method": self.interval_method, "reason": self.reason}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Fit:
+        held = json.loads(text)
+        held = {each.name: held[each.name] for each in fields(cls)}
+        for name in ("inputs", "y", "weights", "theta", "centre", "pivots"):
+            held[name] = tuple(held[name])
+        held["x"] = tuple(tuple(row) for row in held["x"])
+        held["groups"] = None if held["groups"] is None else tuple(held["groups"])
+        return cls(**held)
+
+
+def _percentiles(value: float, draws: Array, level: float, method: str, dof: int) -> Interval:
+    held = draws[np.isfinite(draws)]
+    if len(held) < 0.9 * len(draws):
+        return Interval(value, None, None, level, method, dof, "too many resamples could not be fitted")
+    low, high = (float(end) for end in np.quantile(held, [0.5 - level / 2, 0.5 + level / 2]))
+    if high - low <= EXACT * max(abs(value), abs(high)):
+        return Interval(value, None, None, level, method, dof, "all resamples agree, which says nothing")
+    return Interval(value, low, high, level, method, dof)
