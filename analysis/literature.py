@@ -9,19 +9,25 @@ run each, without an interval.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import binarisation, epochs, representations
 from analysis.evidence import best, caption, series, ticks
+from analysis.fit import fit
+from analysis.portrait import bands, curve
 from analysis.published import table
+from analysis.refusal import Refusal
+from analysis.result import Fit
 from analysis.theme import GREY, WIDTH, Caption, below, colours, log_axis, marker
 
 SIZES = ("B", "L", "XL", "XXL", "3B")
@@ -148,6 +154,197 @@ def _edge(rows: pl.DataFrame, row: dict[str, object]) -> bool:
 
 def _between(found: Crossing) -> str:
     return f"between {found.below} and {found.above} (at {found.params_m:,.0f} M)"
+
+
+FORMS = ("power", "saturating")
+CELLS = ((256, 50), (256, 300), (576, 50), (576, 100), (576, 200), (576, 300))  # tokens and epochs of the tables
+ALIKE = ("tokens", "epochs", "guided", "temperature", "top_k", "generated_px")  # what one fit has one value of
+
+
+class Law(NamedTuple):
+    """One law over the sizes of one protocol, token count and training length, or why there is none."""
+
+    protocol: str
+    tokens: int
+    epochs: int
+    form: str
+    rows: pl.DataFrame
+    found: Fit | Refusal
+
+
+def size_law(rows: pl.DataFrame, form: str) -> Fit | Refusal:
+    """gFID by parameters over the rows of one protocol, or why there is no such law."""
+    try:
+        return fit(
+            1e6 * rows["params_m"].to_numpy(),
+            rows["gfid"].to_numpy(),
+            form,
+            ids=rows["size"].to_list(),
+            protocols=[str(row) for row in rows.select(ALIKE).rows()],
+            inputs=("N",),
+            output="gFID",
+        )
+    except Refusal as refusal:
+        return refusal
+
+
+def length_law(rows: pl.DataFrame) -> Fit | Refusal:
+    """gFID by parameters and epochs without an asymptote; rows of one size are taken as one training run."""
+    inputs = rows.select(1e6 * pl.col("params_m"), "epochs").to_numpy()
+    groups = rows["size"].to_list()
+    try:
+        return fit(inputs, rows["gfid"].to_numpy(), "chinchilla_power", groups=groups, inputs=("N", "epochs"))
+    except Refusal as refusal:
+        return refusal
+
+
+def size_laws(rows: pl.DataFrame) -> list[Law]:
+    """A power law and one with an asymptote, for each protocol, token count and training length; never over several."""
+    found = []
+    for (protocol, choose), (tokens, length), form in itertools.product(PROTOCOLS.items(), CELLS, FORMS):
+        held = by_size(choose(rows.filter(epochs=length)), tokens).select(rows.columns)
+        found.append(Law(protocol, tokens, length, form, held, size_law(held, form)))
+    return found
+
+
+def llamagen_laws(folder: Path) -> tuple[Figure, Caption]:
+    """Which law of the generator's size do LlamaGen's tables carry, by token count and guidance?"""
+    rows = llamagen(folder)
+    found = size_laws(rows)
+    figure, axes = plt.subplots(3, 3, figsize=(WIDTH, 7.4), height_ratios=(3, 3, 2.4))
+    palette = colours(["256", "576"])
+    sizes = rows["params_m"].unique().sort().to_list()
+    for i, protocol in enumerate(PROTOCOLS):
+        mine = [law for law in found if law.protocol == protocol]
+        heights = pl.concat([law.rows for law in mine])["gfid"]
+        for panel, length in zip(axes[:2, i], (50, 300), strict=True):
+            for law in (law for law in mine if law.epochs == length):
+                _law(panel, law, palette[str(law.tokens)])
+            log_axis(panel, "y", 0.95 * float(heights.min()), float(heights.max()))  # type: ignore[arg-type]
+            log_axis(panel, "x", 95, 3600)
+            ticks(panel, "x", sizes, dict(zip(sizes, SIZES, strict=True)))
+        axes[0, i].set_title(f"{'abc'[i]}  {protocol}")
+        axes[1, i].set_xlabel("generator size (log)")
+        axes[1, i].text(0.97, 0.95, "256 tokens: 2 sizes, no law", transform=axes[1, i].transAxes, ha="right", va="top")
+        _exponents(axes[2, i], mine, palette)
+    for panel, label in zip(axes[:, 0], ("gFID, 50 epochs", "gFID, 300 epochs", "exponent of the size"), strict=True):
+        panel.set_ylabel(label)
+    below(
+        figure,
+        [
+            series("256 tokens", palette["256"], line=""),
+            series("576 tokens", palette["576"], "s", ""),
+            series("$E + A N^{-a}$", GREY, "", "-"),
+            series("$A N^{-a}$", GREY, "", "--"),
+        ],
+        [
+            marker("D", "exponent of $E + A N^{-a}$"),
+            marker("D", "exponent of $A N^{-a}$", "flagged"),
+            marker("x", "refused"),
+            series("not identified (bands: hatched)", GREY, "", ":"),
+        ],
+    )
+    return figure, _said_of_laws(rows, found)
+
+
+def _law(panel: Axes, law: Law, colour: Any) -> None:
+    """The points of one cell, and its law where there is one; the law with an asymptote has a band."""
+    panel.plot(law.rows["params_m"], law.rows["gfid"], {256: "o", 576: "s"}[law.tokens], color=colour, markersize=4.5)
+    if isinstance(law.found, Refusal):
+        return
+    across = np.geomspace(law.rows["params_m"][0], law.rows["params_m"][-1], 60)
+    frame = curve(law.found, 1e6 * across[:, None])
+    if law.form == "power":
+        panel.plot(across, frame["mean"], "--", color=colour, linewidth=1.0)
+    else:
+        panel.plot(across, frame["mean"], "-", color=colour, linewidth=1.4)
+        bands(panel, across, frame, colour, names=1)
+
+
+def _exponents(panel: Axes, laws: Sequence[Law], palette: Mapping[str, Any]) -> None:
+    """Exponents with 95 % intervals by training length; dotted where they are not identified."""
+    for law in laws:
+        place = CELLS.index((law.tokens, law.epochs)) + (-0.13 if law.form == "power" else 0.13)
+        colour = palette[str(law.tokens)]
+        if isinstance(law.found, Refusal):
+            panel.plot(place, -0.85, "x", color=colour, markersize=4.5)
+            continue
+        ends = law.found.conf_int().loc[["a"]].to_numpy()[0]
+        style = "-" if law.found.identified["a"] else ":"
+        panel.plot([place, place], ends, style, color=colour, linewidth=1.6)
+        fill: Any = "none" if law.form == "power" else "full"
+        panel.plot(place, law.found.params["a"], "D", color=colour, fillstyle=fill, markersize=4.5)
+    panel.axhline(0.0, color=GREY, linewidth=0.8)
+    panel.axvline(1.5, color=GREY, linewidth=0.8)
+    panel.set(xlim=(-0.5, 5.5), ylim=(-1.0, 2.4), xlabel="epochs (256 | 576 tokens)")
+    ticks(panel, "x", range(len(CELLS)), {i: str(epochs) for i, (_, epochs) in enumerate(CELLS)})
+
+
+def _said_of_laws(rows: pl.DataFrame, found: Sequence[Law]) -> Caption:
+    fitted = [(law, law.found) for law in found if isinstance(law.found, Fit)]
+    counts = {(law.tokens, law.epochs): law.rows.height for law in found}
+    methods = {held.interval_method for _, held in fitted}
+    power, saturating = (  # guided, five sizes
+        [held for law, held in fitted if law.form == form and law.rows["guided"].all() and held.n == len(SIZES)]
+        for form in FORMS
+    )
+    scatter = [[100 * (held.sigma or math.nan) for held in each] for each in (power, saturating)]
+    steeper = [one.params["a"] / other.params["a"] for one, other in zip(saturating, power, strict=True)]
+    sure = [
+        f"{law.protocol}, {law.tokens} tokens, {law.epochs} epochs: {held.intervals()['E']}"
+        for law, held in fitted
+        if held.identified.get("E")
+    ]
+    lengths = {
+        protocol: length_law(pl.concat([choose(rows.filter(tokens=576, epochs=e)) for e in (50, 100, 200, 300)]))
+        for protocol, choose in PROTOCOLS.items()
+    }
+    unknown = [
+        f"{protocol} {held.sentence if isinstance(held, Refusal) else held.intervals()['b']}"
+        for protocol, held in lengths.items()
+        if isinstance(held, Refusal) or not held.identified["b"]
+    ]
+    text = (
+        "LlamaGen's gFID against parameters N: y = A N^-a (dashed) and y = E + A N^-a (solid, band: 95 % of the law), "
+        "one fit per token count, training length and guidance, least squares on ln y. Below, their exponents with "
+        f"95 % intervals ({', '.join(sorted(methods))}; dof = n - p, 1 to 3). Sizes per fit: "
+        f"{'; '.join(f'{tokens} tokens at {length} epochs {count}' for (tokens, length), count in counts.items())}. "
+        f"Refused, {len(found) - len(fitted)} of {len(found)}: both laws at 2 sizes, the one with an asymptote at 3. "
+        "At 5 sizes AICc is not defined for the law with an asymptote, so that it does not choose. Guided, the power "
+        f"law leaves a scatter of {min(scatter[0]):.0f} to {max(scatter[0]):.0f} %, the other {min(scatter[1]):.1f} to "
+        f"{max(scatter[1]):.1f} %, and its exponent is {min(steeper):.1f} to {max(steeper):.1f} times as large. "
+        f"Unguided no asymptote is identified. E where it is: {'; '.join(sure)}. At one training length compute "
+        "is about N times a constant, so that these are the exponents of compute too. Over the four lengths of 576 "
+        "tokens together (y = A N^-a + B epochs^-b, 18 rows, 5 sizes as groups) b is not identified: "
+        f"{'; '.join(unknown)}."
+    )
+    return caption(
+        "Which law of size LlamaGen's tables carry depends on guidance",
+        text,
+        [pl.concat([law.rows for law in found]).unique(maintain_order=True)],
+        protocol="ImageNet 256, 50,000 samples, ADM statistics, all codes kept, temperature 1; 576-token images are "
+        "made at 384 px and resized. Rows of 50, 100, 200 and 300 epochs, of either token count and of the three "
+        "guidance protocols are never in one fit, but for b. Best scales are chosen on the samples that are reported.",
+        never="that gFID follows either law, or an asymptote beyond these sizes: 5 sizes, one training run each, whose "
+        "learning rate and batch grow with the size, 2 degrees of freedom; or one exponent of scaling: it follows the "
+        "form and the guidance; or that 576 tokens are better at equal compute: their lower E at 50 epochs costs 2.25 "
+        "times as much a step.",
+        laws=[_facts(law) for law in found],
+    )
+
+
+def _facts(law: Law) -> dict[str, Any]:
+    """One law, or its refusal, as JSON; four digits, which is what all machines agree on."""
+    cell = law._asdict() | {"n": law.rows.height}
+    del cell["rows"], cell["found"]
+    if isinstance(law.found, Refusal):
+        return cell | {"refused": {"code": law.found.code, "sentence": law.found.sentence}}
+    params = {
+        name: [None if end is None else float(f"{end:.4g}") for end in (each.estimate, each.low, each.high)]
+        for name, each in law.found.intervals().items()
+    }
+    known = [name for name, sure in law.found.identified.items() if sure]
+    return cell | {"params": params, "identified": known, "dof": law.found.dof}
 
 
 def maskbit_bits(folder: Path) -> tuple[Figure, Caption]:
@@ -319,4 +516,5 @@ FIGURES: Mapping[str, Callable[[Path], tuple[Figure, Caption]]] = {
     "fig7_crt": crt,
     "fig8_rcg": representations.rcg,
     "fig9_bidm": binarisation.bidm,
+    "fig10_llamagen_laws": llamagen_laws,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ from polars.testing import assert_frame_equal
 from analysis import binarisation, catalogue, epochs, figures, literature, published, representations
 from analysis.catalogue import COLUMNS, EVIDENCE, TABLES
 from analysis.published import ROOT, build, parse, table
+from analysis.refusal import Refusal
+from analysis.result import Fit
 from analysis.table import TableError
 
 pytestmark = pytest.mark.usefixtures("agg")
@@ -37,6 +40,7 @@ PANELS = {
     "fig7_crt": ["a  generation", "b  reconstruction"],
     "fig8_rcg": ["a  generators", "b  what MAGE-B is given", "c  representations", "d  images", "e  both"],
     "fig9_bidm": ["a  methods at 1 bit", "b  storage", "c  ablation", "d  operations"],
+    "fig10_llamagen_laws": ["a  unguided", "b  best scale per cell", "c  fixed scale 1.75", *[""] * 6],
 }
 
 
@@ -229,6 +233,94 @@ def test_a_crossing_is_where_power_laws_meet():
     (found,) = literature.crossings("abcde", params.tolist(), few.tolist(), many.tolist())
     assert found.params_m == pytest.approx(10 ** (1 / 0.4))
     assert literature.crossings("abcde", params.tolist(), few.tolist(), (2 * few).tolist()) == []
+
+
+# sizes by (tokens, epochs) in LlamaGen's tables 8 to 10
+CELLS = {(256, 50): 5, (256, 300): 2, (576, 50): 5, (576, 100): 3, (576, 200): 5, (576, 300): 5}
+
+
+def test_laws_of_size_are_fitted_where_there_are_sizes_enough():
+    found = literature.size_laws(literature.llamagen(ROOT))
+    assert len(found) == 3 * len(CELLS) * 2
+    for law in found:
+        assert law.rows.height == CELLS[law.tokens, law.epochs]
+        assert law.rows["size"].is_unique().all()
+        for column, value in (("tokens", law.tokens), ("epochs", law.epochs), ("guided", law.protocol != "unguided")):
+            assert set(law.rows[column]) == {value}
+        if law.protocol == "fixed scale 1.75":
+            assert set(law.rows["cfg"]) == {1.75}
+        if isinstance(law.found, Fit):
+            assert law.found.n == law.rows.height
+            assert law.found.y == pytest.approx(law.rows["gfid"].to_list())
+            assert [x for (x,) in law.found.x] == pytest.approx((1e6 * law.rows["params_m"]).to_list())
+            assert (law.found.inputs, law.found.output, law.found.form) == (("N",), "gFID", law.form)
+    refused = {(law.tokens, law.epochs, law.form): law.found.code for law in found if isinstance(law.found, Refusal)}
+    few = {(256, 300, "power"), (256, 300, "saturating"), (576, 100, "saturating")}
+    assert refused == dict.fromkeys(few, "too_few")
+    assert sum(isinstance(law.found, Refusal) for law in found) == 3 * len(few)
+
+
+def test_laws_of_size_are_least_squares_on_logarithms():
+    """A power law is a line in logarithms; of one with an asymptote, lower and higher E fit worse."""
+    for law in literature.size_laws(literature.llamagen(ROOT)):
+        if isinstance(law.found, Refusal):
+            continue
+        x, y = np.log(1e6 * law.rows["params_m"].to_numpy()), law.rows["gfid"].to_numpy()
+        if law.form == "power":
+            slope, level = np.polyfit(x, np.log(y), 1)
+            assert law.found.params == pytest.approx({"A": np.exp(level), "a": -slope}, rel=1e-6)
+            continue
+        e, a = law.found.params["E"], law.found.params["a"]
+        losses = []
+        for e_tried, a_tried in ((e, a), (0.99 * e, a), (1.01 * e, a), (e, 0.99 * a), (e, 1.01 * a)):
+            amplitude = law.found.params["A"]
+            for _ in range(50):  # Newton's method on its logarithm
+                term = amplitude * np.exp(-a_tried * x)
+                gradient = term / (e_tried + term)
+                amplitude *= np.exp((gradient * np.log(y / (e_tried + term))).sum() / (gradient**2).sum())
+            losses.append((np.log(y / (e_tried + amplitude * np.exp(-a_tried * x))) ** 2).sum())
+        assert losses[0] == pytest.approx(law.found.objective, rel=1e-6)
+        assert losses[0] < min(losses[1:])
+
+
+def test_laws_of_size_depend_on_guidance_and_form():
+    """What the caption of the figure says in words."""
+    rows = literature.llamagen(ROOT)
+    found = {(law.protocol, law.tokens, law.epochs, law.form): law.found for law in literature.size_laws(rows)}
+    whole = [cell for cell, count in CELLS.items() if count == 5]
+    for protocol, cell in itertools.product(literature.PROTOCOLS, whole):
+        power, saturating = (found[protocol, *cell, form] for form in ("power", "saturating"))
+        assert power.aicc is not None
+        assert saturating.aicc is None
+        assert (power.dof, saturating.dof) == (3, 2)
+        if protocol == "unguided":
+            assert not saturating.identified["E"]
+        else:
+            assert saturating.sigma < power.sigma / 4
+            assert saturating.params["a"] > 2.5 * power.params["a"]
+    unguided = rows.filter(~pl.col("guided"), tokens=576)
+    assert literature.size_law(unguided.filter(pl.col("epochs").is_in([50, 300])), "power").code == "mixed_protocols"
+    over = literature.length_law(unguided)
+    assert (over.n, over.n_groups, set(over.groups)) == (18, 5, set(literature.SIZES))
+    assert not over.identified["b"]
+
+
+def test_the_figure_of_the_laws_tells_fitted_refused_and_not_identified():
+    held = json.loads((ROOT / "figures" / "fig10_llamagen_laws.json").read_text())
+    laws = held["extra"]["laws"]
+    for law, now in zip(laws, literature.size_laws(literature.llamagen(ROOT)), strict=True):
+        assert (law["protocol"], law["tokens"], law["epochs"], law["form"]) == now[:4]
+        assert law["n"] == CELLS[law["tokens"], law["epochs"]]
+        assert ("refused" in law) == isinstance(now.found, Refusal)
+        for name, ends in law.get("params", {}).items():
+            assert ends[0] == pytest.approx(now.found.params[name], rel=1e-3)
+            assert ends[1] <= ends[0] <= ends[2]
+        level = f"{law['protocol']}, {law['tokens']} tokens, {law['epochs']} epochs: "
+        if law["form"] == "saturating":
+            assert (level in held["text"]) == ("E" in law.get("identified", ()))
+    below = [panel["lines"] for panel in held["panels"][6:]]
+    assert [sum(line["marker"] == "x" for line in panel) for panel in below] == [3, 3, 3]
+    assert [sum(line["marker"] == "D" for line in panel) for panel in below] == [9, 9, 9]
 
 
 def test_encoder_associations():
