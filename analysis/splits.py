@@ -1,0 +1,160 @@
+"""Which rows of a table does a fit see, and which does it predict? Growing budgets, and values left out.
+
+A split is data and nothing else: it is made from inputs and budgets, never from what was measured there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from analysis import table
+from analysis.forms import FORMS
+from analysis.interval import short
+from analysis.laws import Array
+from analysis.refusal import Refusal
+from analysis.resampling import SAME
+from analysis.table import TableError
+
+MOST = 8  # cut-offs where none are named: fits that share nearly all rows are nearly one fit (``analysis.choice``)
+
+Flags = NDArray[np.bool_]
+Scheme = Literal["later budgets", "values left out"]
+Place = Literal["interpolation", "extrapolation"]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Measured points. ``columns`` [n] each: inputs by the names laws give them, and what else rows are split by.
+
+    ``rows`` [n]: where they stand in the table, from 0; ``dropped``: rows of the table that lack a value.
+    """
+
+    columns: Mapping[str, Array]
+    y: Array
+    rows: NDArray[np.intp]
+    groups: tuple[str, ...] | None = None
+    dropped: int = 0
+    output: str = "y"
+
+    def inputs(self, law: str) -> Array:
+        """[n, d], in the order of the law."""
+        return np.stack([self.columns[name] for name in FORMS[law].inputs], axis=-1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """``value``: the last budget that the fit sees, or the value that it does not; train and test [n]."""
+
+    scheme: Scheme
+    along: str
+    value: float
+    train: Flags
+    test: Flags
+
+    def __str__(self) -> str:
+        sign = "<=" if self.scheme == "later budgets" else "other than"
+        return f"{self.along} {sign} {short(self.value)}"
+
+
+def collect(
+    frame: pl.DataFrame,
+    laws: Sequence[str],
+    x: Mapping[str, str],
+    y: str,
+    *,
+    along: Sequence[str] = (),
+    group: str | None = None,
+) -> Points:
+    """The rows that have every value. ``x``: the column of each input; ``along``: inputs or columns to split by.
+
+    Raises ``TableError``: a law, input or column that is not there, rows without a group. Raises ``Refusal``
+    (overflow, non_positive, too_few) for values that no law on log scales could take.
+    """
+    for law in laws:
+        if law not in FORMS:
+            raise TableError(f"--law: got {law!r}; allowed: {', '.join(FORMS)}")
+    wanted = tuple(dict.fromkeys(name for law in laws for name in FORMS[law].inputs))
+    if missing := [name for name in wanted if name not in x]:
+        raise TableError(f"--x: no {', '.join(missing)}; the inputs of {', '.join(laws)} are {', '.join(wanted)}")
+    if extra := [name for name in x if name not in wanted]:
+        raise TableError(f"--x: got {', '.join(extra)}; the inputs of {', '.join(laws)} are {', '.join(wanted)}")
+    sources = {name: (column, "--x") for name, column in x.items()}
+    for name in along:
+        if name in x and name in frame.columns and x[name] != name:
+            raise TableError(f"--by, --hold: {name!r} is an input and a column of its own; write {x[name]!r} or rename")
+        sources.setdefault(name, (name, "--by, --hold"))
+    if group is not None and (without := table.column(frame, group, "--group").null_count()):
+        raise TableError(f"--group: {group!r} is missing in {without} of {len(frame)} rows")
+    held = {name: table.numbers(frame, column, option) for name, (column, option) in sources.items()}
+    out = table.numbers(frame, y, "--y")
+    every = np.stack([out, *held.values()])
+    rows = np.flatnonzero(~np.isnan(every).any(0))
+    if not len(rows):
+        raise Refusal("too_few", f"none of {len(frame)} rows has {', '.join([y, *held])}")
+    if infinite := int(np.isinf(every[:, rows]).any(0).sum()):
+        raise Refusal("overflow", f"{infinite} of {len(rows)} rows hold an infinite value")
+    if negative := int((every[:, rows] <= 0).any(0).sum()):
+        told = f"{negative} of {len(rows)} rows hold a value that is not positive, which has no logarithm"
+        raise Refusal("non_positive", told)
+    labels = None if group is None else table.labels(frame, [group], "--group")
+    return Points(
+        columns={name: values[rows] for name, values in held.items()},
+        y=out[rows],
+        rows=rows,
+        groups=None if labels is None else tuple(labels[row] for row in rows),
+        dropped=len(frame) - len(rows),
+        output=y,
+    )
+
+
+def levels(values: Array) -> tuple[NDArray[np.intp], Array]:
+    """Distinct values, neighbours closer than SAME in ln as one: the level of each [n], the largest of each [k]."""
+    order = np.argsort(values, kind="stable")
+    index = np.empty(len(values), np.intp)
+    index[order] = np.concatenate([[0], np.cumsum(np.diff(np.log(values[order])) > SAME)])
+    return index, np.array([values[index == level].max() for level in range(int(index.max()) + 1)])
+
+
+def later(points: Points, by: str, cutoffs: Sequence[float] | None = None) -> list[Split]:
+    """A split per cut-off; by default every budget but the largest is one, or MOST of them, evenly spread in rank.
+
+    Raises ``TableError`` for a cut-off with no row on either side, ``Refusal`` (too_few) for a single budget.
+    """
+    budget = points.columns[by]
+    if cutoffs is None:
+        _, tops = levels(budget)
+        if len(tops) < 2:
+            raise Refusal("too_few", f"all rows are of one {by} (neighbours within {SAME:.0%} count as one)")
+        kept = np.arange(len(tops) - 1)
+        if len(kept) > MOST:
+            kept = np.linspace(0, len(kept), MOST + 2)[1:-1].round().astype(int)
+        cutoffs = tops[kept].tolist()
+    for cutoff in cutoffs:
+        if not budget.min() <= cutoff < budget.max():
+            allowed = f"from {budget.min():g} to below {budget.max():g}"
+            raise TableError(f"--cutoffs: got {cutoff:g}; {by} allows {allowed}")
+    return [Split("later budgets", by, each, budget <= each, budget > each) for each in sorted(set(cutoffs))]
+
+
+def left_out(points: Points, hold: str) -> list[Split]:
+    """A split per value. Raises ``Refusal`` (too_few) for a single one."""
+    index, tops = levels(points.columns[hold])
+    if len(tops) < 2:
+        raise Refusal("too_few", f"all rows are of one {hold}; nothing is left to fit without it")
+    return [Split("values left out", hold, float(top), index != i, index == i) for i, top in enumerate(tops)]
+
+
+def outside(value: float, held: Array) -> float:
+    """Decades beyond the range of ``held``; 0 within it."""
+    return max(0.0, math.log10(value / float(held.max())), math.log10(float(held.min()) / value))
+
+
+def place(distance: float) -> Place:
+    return "extrapolation" if distance > 0 else "interpolation"
