@@ -2,6 +2,7 @@
 
     python -m analysis.frontier results/digits                      # laws and crossings, as sentences
     python -m analysis.frontier results/digits --predict-largest    # writes prediction.parquet before it has run
+    python -m analysis.frontier results/digits --propose            # writes the next grid (analysis.proposal)
 
 Curves are lower envelopes over generator sizes (``analysis.arms``), laws are those of ``analysis.curves``. A contrast
 resamples the same tokenizer seeds in both arms, generator runs within them, and repeats the search over sizes.
@@ -33,17 +34,10 @@ from analysis.arms import (
 )
 from analysis.curves import GRID, curve, given_half, law, mean_fit, saturates, standard_error
 from analysis.forms import FORMS
+from analysis.interval import LEVEL, WIDE_RATIO, Interval, short
 from analysis.load import StudyError
-from analysis.refusal import Refusal
-from analysis.uncertainty import (
-    DRAWS,
-    LEVEL,
-    WIDE_RATIO,
-    Interval,
-    paired,
-    resample_units,
-    short,
-)
+from analysis.refusal import EXIT_REFUSED, Refusal
+from analysis.uncertainty import DRAWS, paired, resample_units
 
 Verdict = Literal["crossing", "no crossing in range", "not identified", "refused"]
 
@@ -109,7 +103,7 @@ class Crossing:
         who, seeds = f"{self.first} and {self.second}, {words(self.metric)}", f"{self.seeds} tokenizer seeds"
         if self.verdict == "refused":
             return f"{who}: refused, {self.reason}."
-        if self.flops is None:
+        if self.flops is None or self.flops.estimate is None:
             sure = "resolved" if self.resolved else "not resolved everywhere"
             return (
                 f"{who}: no crossing in range ({short(self.low_end)} to {short(self.high_end)} {self.axis}); "
@@ -287,6 +281,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sum", dest="total", choices=("generator", "total", "inference"), default="generator")
     parser.add_argument("--models", type=int, default=1, help="generators that share stage 1 (--sum total)")
     parser.add_argument("--predict-largest", action="store_true", help="predict the largest budget from the others")
+    parser.add_argument("--propose", action="store_true", help="the next grid: what narrows an interval most per hour")
+    parser.add_argument("--narrow", choices=("exponent", "asymptote", "crossing", "rate"), default="exponent")
+    parser.add_argument("--hours", type=float, metavar="H", help="what a proposal may cost, in device-hours")
+    parser.add_argument("--out", metavar="FILE", help="where it goes (default: proposal.yaml in the study)")
+    parser.add_argument("--gain", metavar="RATE", help="the compute that each other rate saves over this one")
+    parser.add_argument("--at", type=float, metavar="QUALITY", help="of --gain (default: the best that both reach)")
+    parser.add_argument("--best-rate", action="store_true", help="R* at each budget, with an interval")
     arguments = parser.parse_args(argv)
     try:
         held = study.read(arguments.study)
@@ -304,6 +305,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not held.unguided:
             print(f"{held.folder}: no unguided evaluation; these are guided, protocol {held.points['protocol'][0]}")
         arms, refused = arms_of(held, metric, arguments.total, arguments.models)
+        if arguments.propose:
+            from analysis import proposal  # it builds on this module
+
+            if arguments.total != "generator":
+                raise StudyError(
+                    f"--sum: got {arguments.total}; allowed with --propose: generator, as a grid's budgets"
+                )
+            proposal.propose(held, metric, arms, arguments.narrow, arguments.hours, arguments.out)
+            return 0
+        if arguments.gain or arguments.best_rate:
+            from analysis import optimum, saving  # they build on this module
+
+            lines = saving.sentences(arms, arguments.gain, arguments.at) if arguments.gain else []
+            print("\n".join(lines + (optimum.sentences(arms) if arguments.best_rate else [])))
+            return 0
         for each in arms:
             try:
                 print(law(each).fit.summary())
@@ -314,6 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return EXIT_REFUSED
     return 0
 
 

@@ -4,6 +4,7 @@
     python -m sweep.plan grid.yaml --dry-run --json    # the same for programs, nothing written
     python -m sweep.plan grid.yaml --explain g3f       # what a run is and what its id is made of
     python -m sweep.plan grid.yaml --diff g3f g81      # what sets two runs apart
+    python -m sweep.plan grid.yaml --assume noise=0.05 # the intervals to expect where points scatter by 5 %
 
 Exit codes: 0; 2 a mistake in the grid, one line; 3 the plan costs more than is allowed, one line, nothing written.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sweep import advice, arrow, cost, identity, rundir, source
+from sweep import advice, arrow, cost, identity, rundir, source, width
 from sweep.bill import Stage, bill, show
 from sweep.design import Design, design
 from sweep.document import GridError, naming
@@ -234,6 +235,7 @@ def _hours(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
+    assumed = width.Assumed.read(options.assume) if options.assume is not None else width.Assumed()
     grid = load(options.grid)
     if options.explain:
         print(identity.explain(_find(grid, [options.explain])[0]))
@@ -244,10 +246,14 @@ def _run(options: argparse.Namespace) -> int:
     result = plan(grid, options.results)
     refusal = result.refusal(options.max_gpu_hours)
     written = None if options.dry_run or refusal else write(result)
+    expected = width.expected(result.table, assumed)
     if options.json:
-        print(json.dumps(summary(result) | {"written": bool(written), "refused": refusal}, indent=2))
+        told = {"expected": expected.values() if expected else None, "written": bool(written), "refused": refusal}
+        print(json.dumps(summary(result) | told, indent=2))
     else:
         show(result.grid, result.stages, result.removed, result.warnings)
+        for line in width.sentences(expected) if expected else ():
+            print(line)
         if written is not None:
             print(f"{'wrote' if written else 'unchanged:'} {rundir.plan_file(result.study)}")
     if refusal:
@@ -263,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", default="results", metavar="DIR", help="where studies lie (default: results)")
     parser.add_argument("--json", action="store_true", help="print figures for programs")
     parser.add_argument("--max-gpu-hours", type=_hours, metavar="H", help="refuse a plan that may need more")
+    parser.add_argument("--assume", metavar="NAME=VALUE,...", help=f"for expected intervals: {', '.join(width.RANGES)}")
     parser.add_argument("--explain", metavar="RUN_ID", help="what a run is; the start of its id will do")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what sets two runs apart")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
