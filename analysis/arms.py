@@ -88,6 +88,8 @@ def words(metric: str) -> str:
     """A metric's column in words: "gFID (digits-supervised)", "held-out bits per image"."""
     if metric == "nll_bits":
         return "held-out bits per image"
+    if metric == "two_part_bits":
+        return "two-part code (bits per image)"
     return f"gFID ({named(metric.removeprefix('fid_'))})" if metric.startswith("fid_") else metric
 
 

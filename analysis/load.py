@@ -329,8 +329,9 @@ def points(study: str | Path) -> pl.DataFrame:
     Columns: those of the plan, ``rate`` (label of the tokenizer), ``setting`` (training settings that the grid swept,
     "lr=0.003", or ""), ``samples`` and the protocol's settings, and one
     column per metric: ``fid_<extractor>`` against the gFID reference, ``fid_<extractor>_heldout``, ``nll_bits``
-    (held-out, bits per image), ``nll_bits_train``, ... Parameters and the compute of earlier stages are those of
-    the generator's own row, so that ``flops_upstream`` is the cost of its tokenizer and nothing else.
+    (held-out, bits per image), ``nll_bits_train``, ``two_part_bits`` (those and the bits of the image given its
+    reconstruction: a quality across rates without a network), ... Parameters and the compute of earlier stages are
+    those of the generator's own row, so that ``flops_upstream`` is the cost of its tokenizer and nothing else.
     """
     frame = _evaluations(study, "generator")
     planned = plan(study)
@@ -347,17 +348,32 @@ def points(study: str | Path) -> pl.DataFrame:
     # a tokenizer's row pays for every checkpoint that is encoded; a generator reads one of them
     encoders = encoders.with_columns(pl.col("flops_encode") / pl.col("encode").list.len().clip(1))
     frame = _coalesce(frame, encoders, "tokenizer_run", ["flops_encode"], True)
-    return frame.sort(
+    return _two_parts(study, frame).sort(
         "bits_nominal", "tokenizer_seed", "params_core", "flops_to_point", "evaluation_seed", nulls_last=True
+    )
+
+
+def _two_parts(study: str | Path, frame: pl.DataFrame) -> pl.DataFrame:
+    """Adds ``two_part_bits``: held-out bits of the codes and of the images given what the codes decode to."""
+    if "nll_bits" not in frame.columns:
+        return frame
+    coded = _evaluations(study, "tokenizer")
+    if "residual_bits" not in coded.columns:
+        return frame
+    checkpoint = pl.coalesce("tokenizer", "checkpoint").alias("tokenizer")
+    left = coded.group_by(checkpoint).agg(pl.col("residual_bits").drop_nulls().first())
+    joined = frame.join(left, on="tokenizer", how="left", maintain_order="left")
+    return joined.with_columns((pl.col("nll_bits") + pl.col("residual_bits")).alias("two_part_bits")).drop(
+        "residual_bits"
     )
 
 
 def tokenizers(study: str | Path) -> pl.DataFrame:
     """One row per evaluated tokenizer checkpoint x protocol x evaluation seed, with its gate.
 
-    Metrics: ``mse``, ``psnr``, ``ssim``, ``usage``, ``perplexity``, ``bits_used``, ``rfid_<extractor>`` (decoded
-    held-out images against held-out images), ``floor_<extractor>`` (the same against the gFID reference),
-    ``fid_data_<extractor>`` and ``fid_train_<extractor>`` (real images against that reference). Gate:
+    Metrics: ``mse``, ``psnr``, ``ssim``, ``residual_bits``, ``usage``, ``perplexity``, ``bits_used``,
+    ``rfid_<extractor>`` (decoded held-out images against held-out images), ``floor_<extractor>`` (the same against the
+    gFID reference), ``fid_data_<extractor>`` and ``fid_train_<extractor>`` (real images against that reference). Gate:
     ``perplexity_share`` (perplexity / K), ``rfid_change`` (how far rFID moved over the last half of training over the
     floor by the same extractor, the largest of them: rFID itself may go to zero, so its own share need not settle),
     ``collapsed``, ``unconverged`` (null: not measured), ``gate`` ("ok", or the names of what is wrong

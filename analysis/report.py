@@ -83,7 +83,7 @@ class Results:
     @property
     def metrics(self) -> list[str]:
         """Metrics that are fitted: gFID by each extractor, held-out code length."""
-        names = [f"fid_{extractor}" for extractor in self.held.extractors] + ["nll_bits"]
+        names = [f"fid_{extractor}" for extractor in self.held.extractors] + ["nll_bits", "two_part_bits"]
         columns = self.held.points.columns
         return [name for name in names if name in columns and self.held.points[name].is_not_null().any()]
 

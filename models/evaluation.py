@@ -140,6 +140,7 @@ def evaluate_tokenizer(
     count, views = protocol.samples, images.fields.images_cached("heldout")
     rebuilt, index = Features(protocol.extractors, device), []
     pixel: dict[str, list[Tensor]] = {"mse": [], "psnr": [], "ssim": []}
+    differences: list[Tensor] = []
     codebook = tokenizer.latent.codebook
     counts = torch.zeros(codebook or 0, dtype=torch.int64)
     with _measuring(tokenizer):
@@ -159,6 +160,7 @@ def evaluate_tokenizer(
                 pixel["mse"].append(fidelity.mse(a, b).cpu())
                 pixel["psnr"].append(fidelity.psnr(a, b).cpu())
                 pixel["ssim"].append(fidelity.ssim(a, b).cpu())
+                differences.append(fidelity.differences(truth, shown))
             with made.timed("features"):
                 rebuilt.add(shown.cpu())
             index.append(drawn["index"][:kept].cpu())
@@ -166,6 +168,7 @@ def evaluate_tokenizer(
                 for kind, pixels in (("original", truth), ("reconstruction", shown)):
                     made.show(kind, pixels[:left].cpu(), index[-1][:left], drawn["labels"][:kept][:left])
     groups = torch.cat(index)
+    pixel["residual_bits"] = [fidelity.residual_bits(torch.cat(differences))]
     for metric, parts in pixel.items():
         value, error = mean(torch.cat(parts), groups)
         made.add(metric, value, error=error, split="heldout", n=count)

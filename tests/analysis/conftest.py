@@ -217,7 +217,7 @@ def build(folder: Path, design: Design | None = None, **changes: Any) -> Path:
 def _reconstruction(rate: Rate, factor: float, checkpoint: str, step: int, rng: Any) -> list[dict[str, Any]]:
     common = {"checkpoint": checkpoint, "step": step, "split": "heldout", "n": 1000, "protocol": "tokenizer"}
     mse = 0.9 * 2 ** (-rate.bits / 30) * 0.1
-    plain = {"mse": mse, "psnr": -10 * math.log10(mse / 4), "ssim": 1 - mse, "usage": 1.0}
+    plain = {"mse": mse, "psnr": -10 * math.log10(mse / 4), "ssim": 1 - mse, "usage": 1.0, "residual_bits": 4e3 * mse}
     plain |= {
         "perplexity": rate.usage * rate.codebook,
         "bits_used": rate.tokens * math.log2(rate.usage * rate.codebook),

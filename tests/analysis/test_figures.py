@@ -88,7 +88,7 @@ def test_every_figure_is_drawn(make_study, rate, capsys):
         columns = pd.read_parquet(out / f"{table}.parquet").columns
         assert sorted(columns) == sorted(documented(f"{Path(table).name}.parquet"))
     laws = pd.read_parquet(out / "laws.parquet")
-    assert set(laws["metric"]) == {"fid_digits_supervised", "fid_digits_contrastive", "nll_bits"}
+    assert set(laws["metric"]) == {"fid_digits_supervised", "fid_digits_contrastive", "nll_bits", "two_part_bits"}
     assert len(laws) == 9
     assert {"a_low", "a_high", "identified", "aicc_power", "floor", "interval_method"} <= set(laws.columns)
     crossings = pd.read_parquet(out / "crossings.parquet")

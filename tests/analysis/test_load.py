@@ -184,6 +184,16 @@ def test_points_hold_plan_protocol_and_metrics(digits):
     assert searched["nll_bits"].null_count() == 0
 
 
+def test_a_two_part_code_is_that_of_the_codes_and_of_what_they_leave(make_study):
+    """Bits of the image given its reconstruction: those of the very checkpoint whose codes the generator models."""
+    study = make_study()
+    held = load.points(study)
+    left = {row["tokenizer"]: row["residual_bits"] for row in load.tokenizers(study).iter_rows(named=True)}
+    assert len(set(left.values())) > 1
+    for row in held.iter_rows(named=True):
+        assert row["two_part_bits"] == pytest.approx(row["nll_bits"] + left[row["tokenizer"]])
+
+
 def test_tokenizers_hold_their_gate(make_study, rate):
     rates = (
         rate(4, 256, 6, 17, 0.6, 4, usage=0.4),

@@ -101,7 +101,7 @@ def tokenizer_rows(images: DigitImages, cache: Path) -> Measurement:
 def test_tokenizer_rows_are_complete(tokenizer_rows: Measurement) -> None:
     made = tokenizer_rows
     assert {row["metric"] for row in made.rows} == {
-        *("mse", "psnr", "ssim", "usage", "perplexity", "bits_used", "fid", "fid_data", "fid_train")
+        *("mse", "psnr", "ssim", "residual_bits", "usage", "perplexity", "bits_used", "fid", "fid_data", "fid_train")
     }
     for row in made.rows:
         assert row.keys() <= CURVES.keys()

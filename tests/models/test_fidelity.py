@@ -183,6 +183,32 @@ def test_density_of_equal_distributions_is_about_one_in_any_chunk(monkeypatch: p
 # --- pixels ---
 
 
+def test_residual_bits_are_a_code() -> None:
+    """Masses of all levels about one value add up to 1; equal images cost next to nothing, others their difference."""
+    told = math.log2(len(fidelity.SCALES))
+    for value in (0, 3, 200, 255):
+        levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
+        bits = fidelity.residual_bits(fidelity.differences(levels, torch.full_like(levels, value))) - told / 256
+        assert float((2.0**-bits).sum()) == pytest.approx(1, abs=1e-9)
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    equal = fidelity.residual_bits(fidelity.differences(images, images))
+    assert float(equal.max()) < 192 * 0.06 + told
+    noise = torch.randint(-8, 9, images.shape, generator=torch.Generator().manual_seed(1))
+    near = (images.int() + noise).clamp(0, 255).to(torch.uint8)
+    bits = fidelity.residual_bits(fidelity.differences(images, near))
+    assert math.log2(17) < float(bits.mean()) / 192 < math.log2(17) + 0.35  # a logistic for uniform noise
+    unlike = fidelity.residual_bits(fidelity.differences(images, images.flip(0)))
+    assert 7.5 < float(unlike.mean()) / 192 < 9
+
+
+def test_residual_bits_do_not_depend_on_the_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, 256, (6, 4, 4, 1), dtype=torch.uint8, generator=generator) for _ in range(2))
+    whole = fidelity.differences(a, b)
+    parts = torch.cat([fidelity.differences(a[i : i + 2], b[i : i + 2]) for i in (0, 2, 4)])
+    assert torch.equal(whole, parts)
+
+
 def test_pixel_metrics_of_known_images() -> None:
     dark, light = torch.full((2, 1, 8, 8), 0.2), torch.full((2, 1, 8, 8), 0.7)
     assert fidelity.mse(dark, light).tolist() == pytest.approx([0.25, 0.25])
