@@ -118,7 +118,7 @@ def cells() -> Iterator[tuple[Design, Truth]]:
             EXPONENTS[1:], SHARES, ((0.02, 0.03), (0.05, 0.03), (0.1, 0.05), (0.2, 0.1))
         )
     ]
-    runs = [Design("checkpoints", m, g) for g, m in ((4, 5), (5, 4), (6, 4), (8, 4), (12, 3), (24, 3))]
+    runs = [Design("checkpoints", m, g) for g, m in ((4, 5), (5, 4), (6, 4), (7, 4), (8, 4), (12, 3), (24, 3))]
     for design in runs + [Design("tokenizers", n, s) for s, n in ((2, 6), (3, 5), (3, 8), (5, 6))]:
         yield from ((design, truth) for truth in grouped)
     for wrong in list(WRONG)[1:]:
@@ -193,7 +193,9 @@ def table(trials: int = TRIALS) -> pl.DataFrame:
 def summary(held: pl.DataFrame) -> pl.DataFrame:
     """Per design and quantity: cells, those called identified and their coverage, and the least share of "not"."""
     sure = pl.col("identified") > SAID
-    return held.group_by("wrong", "kind", "design", "quantity", maintain_order=True).agg(
+    wrong = pl.when(pl.col("wrong") != "none").then(pl.col("design") + ", " + pl.col("wrong"))
+    named = held.with_columns(wrong.otherwise("design").alias("points"))
+    return named.group_by("points", "quantity", maintain_order=True).agg(
         pl.len().alias("cells"),
         sure.sum().alias("identified"),
         pl.col("covered").filter(sure).min().alias("least"),
@@ -220,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     staged = folder / ".coverage.parquet.tmp"
     held.write_parquet(staged)
     staged.replace(folder / "coverage.parquet")
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_hide_dataframe_shape=True, tbl_width_chars=160):
+    options: dict[str, Any] = {"tbl_rows": -1, "tbl_cols": -1, "float_precision": 3, "tbl_width_chars": 160}
+    hidden: dict[str, Any] = {"tbl_hide_dataframe_shape": True, "tbl_hide_column_data_types": True}
+    with pl.Config(**options, **hidden, tbl_formatting="NOTHING"):
         print(summary(held))
     print("least, most: coverage in identified cells; given: of identified trials; said: least share not identified")
     return 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from analysis.covariance import FEW, Covariance, classical, clustered
 from analysis.interval import LEVEL
@@ -22,7 +22,7 @@ from analysis.laws import Array, Form
 from analysis.solver import Flags, Objective, residual, solve
 
 BOUND = 1e-9  # distance to a bound, relative to order one, that counts as at the bound
-FREEDOM = 3.0  # degrees of freedom of a cluster-robust interval below which it covers more than it says
+FREEDOM = 2.5  # degrees of freedom of a cluster-robust interval below which it covers more than it says
 SURE = 1 / 3  # an exponent is identified where its interval is within this share of it on either side ...
 SQUARES = Objective()
 SURE_LEVEL = 1 / 2  # ... an asymptote or a prediction within this share of the level
@@ -127,6 +127,13 @@ class Estimate:
 
     def parameters(self, level: float = LEVEL) -> Ends:
         """Intervals of the reported parameters; symmetric in the logarithm for those that span decades."""
+        return self._standard if level == LEVEL else self._parameters(level)
+
+    @cached_property
+    def _standard(self) -> Ends:
+        return self._parameters(LEVEL)
+
+    def _parameters(self, level: float) -> Ends:
         names, count = self.law.parameters, len(self.theta)
         if self.covariance is None:
             nothing = np.full((count, len(names)), np.nan)
@@ -137,7 +144,7 @@ class Estimate:
             contrast = np.where(logs[:, None], change / values[..., None], change)
             around = np.where(logs, np.log(values), values)
         error, dof = self.covariance.error(contrast), self.covariance.dof(contrast)
-        half = _quantile(dof, level) * error
+        half = quantile(dof, level) * error
         with np.errstate(over="ignore", invalid="ignore"):
             low = np.where(logs, np.exp(around - half), around - half)
             high = np.where(logs, np.exp(around + half), around + half)
@@ -185,7 +192,7 @@ class Estimate:
         contrast = np.swapaxes(self.law.jacobian(self.centre, at), 1, 2)
         around = self.law.value(self.centre, at)
         error, dof = self.covariance.error(contrast), self.covariance.dof(contrast)
-        half = _quantile(dof, level) * error
+        half = quantile(dof, level) * error
         low = np.maximum(np.minimum(around - half, mean), 0.0)
         high = np.maximum(around + half, mean)
         identified = self._known[:, None] & (half <= SURE_LEVEL * mean) & self._settled(dof)
@@ -247,5 +254,6 @@ def estimate(
     )
 
 
-def _quantile(dof: Array, level: float) -> Array:
-    return np.asarray(stats.t.ppf(0.5 + level / 2, np.where(dof > 0, dof, np.nan)))
+def quantile(dof: Array, level: float) -> Array:
+    """Student's t for two-sided intervals; NaN without a degree of freedom. A ufunc: a thousand bands ask for it."""
+    return np.asarray(special.stdtrit(np.where(dof > 0, dof, np.nan), 0.5 + level / 2))

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from analysis import resampling
-from analysis.estimate import SURE_LEVEL, Ends, Estimate
+from analysis.estimate import SURE_LEVEL, Ends, Estimate, quantile
 from analysis.forms import FORMS
 from analysis.interval import LEVEL, Interval
 from analysis.laws import Array
@@ -64,7 +63,7 @@ class Prediction:
         ends = self.fit.curve(self.x, 1 - alpha)
         spread = np.hypot(ends.error / ends.estimate, self.fit.noise(ends.estimate))
         with np.errstate(invalid="ignore", over="ignore"):
-            wide = stats.t.ppf(1 - alpha / 2, np.where(ends.dof > 0, ends.dof, np.nan)) * spread
+            wide = quantile(ends.dof, 1 - alpha) * spread
             low, high = ends.estimate * np.exp(-wide), ends.estimate * np.exp(wide)
         single = self.x.ndim == 1 or self.x.shape[1] == 1
         return pd.DataFrame(
