@@ -298,6 +298,25 @@ def same_candidates(*arms: Arm) -> list[Arm]:
     return [replace(each, x=x, select=select, report=y) for each, (x, select, y) in zip(cut, blank, strict=True)]
 
 
+def candidates(arms: Sequence[Arm], size: str | None = None) -> list[Arm]:
+    """Arms that may be compared, of one size or all: the same candidates, and seeds with a value in every arm.
+
+    Empty where they share no seed, size and budget.
+    """
+    if size is not None:
+        if any(size not in each.sizes for each in arms):
+            return []
+        arms = [each.only(size) for each in arms]
+    seeds = sorted(set.intersection(*(set(each.seeds) for each in arms)))
+    while seeds:
+        cut = same_candidates(*(each.take(seeds) for each in arms))
+        kept = sorted(set.intersection(*(set(each.valued()) for each in cut)))
+        if kept == seeds:
+            return cut
+        seeds = kept  # fewer seeds may share more candidates
+    return []
+
+
 def identity(arm: Arm) -> NDArray[np.intp]:
     return np.arange(len(arm.seeds))[None]
 

@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [*given.x, *given.y, *given.given]
         if twice := sorted({name for name in named if named.count(name) > 1}):
             raise TableError(f"--x, --y, --given: {', '.join(twice)} stands there twice; write each column once")
-        frame = table.where(table.derive(table.read(given.file), given.derive), given.where)
+        frame = table.selected(given)
         units = collect(frame, named, unit=given.unit, cluster=given.cluster, composites=composites)
         made = rows(units, given.x, given.y, given.common, given.given, method=given.method, approach=given.interval)
     except TableError as error:

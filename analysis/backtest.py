@@ -18,7 +18,6 @@ reason.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from analysis.result import Fit
 from analysis.solver import Objective
 from analysis.splits import MOST, Points, Scheme, collect, later, left_out
 from analysis.table import TableError
-from analysis.window import SQUARES, Row, Window, evaluate, fitted, project, told
+from analysis.window import SQUARES, Row, Window, evaluate, fitted, project
 
 UNITS: dict[Scheme, str] = {"later budgets": "cut-offs", "values left out": "values"}
 
@@ -183,20 +182,10 @@ def _named(assignments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _positive(text: str, option: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise TableError(f"{option}: got {text!r}; allowed: a positive number, for example 1e20")
-    return value
-
-
 def _point(text: str, points: Points, laws: Sequence[str]) -> dict[str, float]:
     """A point of --project. Raises ``TableError``."""
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in text.split(",")]
-    found = {name: _positive(value, f"--project {name}") for name, value in pairs}
+    found = {name: table.positive(f"--project {name}", value) for name, value in pairs}
     needed = dict.fromkeys(name for law in laws for name in FORMS[law].inputs)
     if not (set(needed) <= set(found) <= set(points.columns) and len(found) == len(pairs)):
         others = [name for name in points.columns if name not in needed]
@@ -210,7 +199,7 @@ def _objective(given: argparse.Namespace) -> Objective:
         raise TableError(
             f"--loss, --delta: got {given.loss}, {given.delta}; huber needs a delta and no other loss has one"
         )
-    delta = None if given.delta is None else _positive(given.delta, "--delta")
+    delta = None if given.delta is None else table.positive("--delta", given.delta)
     return Objective(given.residuals, given.loss, delta)
 
 
@@ -229,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--loss", choices=("squares", "huber", "absolute"), default="squares")
     parser.add_argument("--delta", metavar="D", help="of Huber's loss, in units of the residuals")
     parser.add_argument("--residuals", choices=("log", "raw"), default="log")
+    parser.add_argument("--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ")
     parser.add_argument("--project", action="append", default=[], metavar="NAME=V[,..]", help="a point without a run")
     given = parser.parse_args(argv)
     held: dict[str, Any] = {name: value for name, value in vars(given).items() if name != "json"}
@@ -240,8 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise TableError("--by, --hold: neither given; name a budget, a column to leave values out of, or both")
         if given.cutoffs and given.by is None:
             raise TableError("--cutoffs: they are of the budget that --by names, which is not given")
-        cutoffs = None if given.cutoffs is None else [_positive(each, "--cutoffs") for each in given.cutoffs]
-        frame = table.where(table.derive(table.read(given.file), given.derive), given.where)
+        cutoffs = None if given.cutoffs is None else [table.positive("--cutoffs", each) for each in given.cutoffs]
+        frame = table.selected(given)
+        table.alike(frame, given.protocol)
         along = [name for name in (given.by, given.hold) if name is not None]
         points = collect(frame, given.law, _named(given.x), given.y, along=along, group=given.group)
         report = backtest(
@@ -259,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
-        held["refused"] = told(refusal)
+        held["refused"] = refusal.told
     else:
         print(text(report, points, objective))
         held |= {"n": len(points.y), "dropped": points.dropped, "estimator": str(objective)} | asdict(report)

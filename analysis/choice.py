@@ -130,7 +130,7 @@ def information(fits: Mapping[str, Fit | Refusal]) -> list[dict[str, Any]]:
         rows.append({"law": row["form"], **empty, **known})
     for law, refusal in fits.items():
         if isinstance(refusal, Refusal):
-            rows.append({"law": law, **empty, "refused": {"code": refusal.code, "sentence": refusal.sentence}})
+            rows.append({"law": law, **empty, "refused": refusal.told})
     return rows
 
 

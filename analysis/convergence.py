@@ -243,7 +243,7 @@ def compare(curves: Sequence[Curve], name: str) -> Comparison:
         found = replace(found, at_upper_end=upper, groups=survival.medians(time, event, groups))
         test = survival.logrank(time, event, groups)
     except Refusal as refusal:
-        return replace(found, refused={"code": refusal.code, "sentence": refusal.sentence})
+        return replace(found, refused=refusal.told)
     return replace(found, chi2=test.chi2, dof=test.dof, p=test.p)
 
 
@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
-        refused = {"code": refusal.code, "sentence": refusal.sentence}
+        refused = refusal.told
     else:
         print("\n\n".join([text(curves), *(told(each) for each in compared)]))
     if given.json:

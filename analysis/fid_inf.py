@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--protocol", metavar="COL", help="has to be one within each group")
     given = parser.parse_args(argv)
     try:
-        frame = table.where(table.derive(table.read(given.file), given.derive), given.where)
+        frame = table.selected(given)
         made = groups(
             frame, given.n, given.fid, by=given.by, error=given.error, draw=given.draw, protocol=given.protocol
         )

@@ -27,9 +27,9 @@ from analysis.arms import (
     Envelope,
     Sum,
     arm,
+    candidates,
     identity,
     resampled,
-    same_candidates,
     words,
 )
 from analysis.curves import GRID, curve, given_half, law, mean_fit, saturates, standard_error
@@ -57,25 +57,6 @@ def _scatter_half(a: Arm, b: Arm) -> float:
     rest = difference - difference.mean(0) - difference.mean(1, keepdims=True) + difference.mean()
     error = math.sqrt(float((rest**2).sum()) / dof / seeds)
     return float(stats.t.ppf(0.5 + LEVEL / 2, dof)) * error
-
-
-def candidates(arms: Sequence[Arm], size: str | None = None) -> list[Arm]:
-    """Arms that may be compared, of one size or all: the same candidates, and seeds with a value in every arm.
-
-    Empty where they share no seed, size and budget.
-    """
-    if size is not None:
-        if any(size not in each.sizes for each in arms):
-            return []
-        arms = [each.only(size) for each in arms]
-    seeds = sorted(set.intersection(*(set(each.seeds) for each in arms)))
-    while seeds:
-        cut = same_candidates(*(each.take(seeds) for each in arms))
-        kept = sorted(set.intersection(*(set(each.valued()) for each in cut)))
-        if kept == seeds:
-            return cut
-        seeds = kept  # fewer seeds may share more candidates
-    return []
 
 
 @dataclass(frozen=True)

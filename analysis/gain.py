@@ -406,13 +406,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--form", choices=(*FALLING, "monotone"), help="default: saturating where it fits, else monotone"
     )
     parser.add_argument("--extrapolate", action="store_true", help="follow the laws to an --at beyond the points")
+    parser.add_argument("--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ")
     parser.add_argument("--figure", metavar="OUT", help="gains over quality with bands, as PNG, SVG or PDF")
     given = parser.parse_args(argv)
     about = {name: getattr(given, name) for name in ("file", "where", "derive", "x", "y", "by", "baseline", "group")}
     try:
         if given.at is not None and not 0 < given.at < math.inf:
             raise TableError(f"--at: got {given.at:g}; allowed: a number above 0")
-        frame = table.where(table.derive(table.read(given.file), given.derive), given.where)
+        frame = table.selected(given)
+        table.alike(frame, given.protocol)
         found = gains(
             table.numbers(frame, given.x, "--x"),
             table.numbers(frame, given.y, "--y"),
@@ -436,23 +438,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         if given.json:
-            table.write_json(given.json, {**about, "refused": _told(refusal), "gains": []})
+            table.write_json(given.json, {**about, "refused": refusal.told, "gains": []})
         return EXIT_REFUSED
     rows: list[dict[str, Any]] = []
     for name, each in found.items():
         if isinstance(each, Refusal):
             print(f"{name} against {given.baseline}: {each}")
-            rows.append({"method": name, "baseline": given.baseline, "refused": _told(each)})
+            rows.append({"method": name, "baseline": given.baseline, "refused": each.told})
         else:
             print(each.sentence())
             rows.append({**asdict(each), "refused": None})
     if given.json:
         table.write_json(given.json, {**about, "refused": None, "gains": rows})
     return 0 if shown else EXIT_REFUSED
-
-
-def _told(refusal: Refusal) -> dict[str, str]:
-    return {"code": refusal.code, "sentence": refusal.sentence}
 
 
 if __name__ == "__main__":

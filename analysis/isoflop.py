@@ -254,20 +254,16 @@ def text(found: Isoflop, at: Sequence[float] = ()) -> str:
 
 def contents(found: Isoflop, at: Sequence[float] = ()) -> dict[str, Any]:
     """What the JSON holds: a row per budget, the two laws."""
-    rows: list[dict[str, Any]] = [{"budget": c, "refused": _told(why)} for c, why in found.refused.items()]
+    rows: list[dict[str, Any]] = [{"budget": c, "refused": why.told} for c, why in found.refused.items()]
     rows += [{**asdict(each), "notes": each.notes(), "refused": None} for each in found.budgets]
     made: dict[str, Any] = {"budgets": sorted(rows, key=lambda row: row["budget"])}
     for name, law in (("size", found.size), ("data", found.data)):
         if isinstance(law, Refusal):
-            made[name] = {"refused": _told(law)}
+            made[name] = {"refused": law.told}
             continue
         foretold = [{"budget": c, "extrapolated": law.extrapolated(c), **asdict(law.at(c))} for c in at]
         made[name] = {**asdict(law), "at": foretold, "refused": None}
     return made
-
-
-def _told(refusal: Refusal) -> dict[str, str]:
-    return {"code": refusal.code, "sentence": refusal.sentence}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,13 +276,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--group", metavar="COL", help="what is independent: a seed, a run")
     parser.add_argument("--residuals", choices=("raw", "log"), default="raw", help="default: %(default)s")
     parser.add_argument("--per-token", default=PER_TOKEN, metavar="K", help="k of C = k N D (default: 6)")
+    parser.add_argument("--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ")
     parser.add_argument("--at", type=table.listed, default=[], metavar="C[,C]", help="budgets to say N* and D* for")
     given = parser.parse_args(argv)
     about = {name: getattr(given, name) for name in ("file", "where", "derive", "residuals")}
     try:
-        at = [_positive("--at", each) for each in given.at]
-        per_token = _positive("--per-token", given.per_token)
-        frame = table.where(table.derive(table.read(given.file), given.derive), given.where)
+        at = [table.positive("--at", each) for each in given.at]
+        per_token = table.positive("--per-token", given.per_token)
+        frame = table.selected(given)
+        table.alike(frame, given.protocol)
         columns = {
             name: table.numbers(frame, column, f"--{name}")
             for name in ("size", "budget", "y", "data", "spent")
@@ -300,22 +298,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         if given.json:
-            table.write_json(given.json, {**about, "refused": _told(refusal)})
+            table.write_json(given.json, {**about, "refused": refusal.told})
         return EXIT_REFUSED
     print(text(found, at))
     if given.json:
         table.write_json(given.json, {**about, "per_token": per_token, **contents(found, at), "refused": None})
     return 0 if found.budgets else EXIT_REFUSED
-
-
-def _positive(option: str, given: Any) -> float:
-    try:
-        value = float(given)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise TableError(f"{option}: got {given!r}; allowed: a number above 0, for example 1e21")
-    return value
 
 
 if __name__ == "__main__":

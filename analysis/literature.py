@@ -338,7 +338,7 @@ def _facts(law: Law) -> dict[str, Any]:
     cell = law._asdict() | {"n": law.rows.height}
     del cell["rows"], cell["found"]
     if isinstance(law.found, Refusal):
-        return cell | {"refused": {"code": law.found.code, "sentence": law.found.sentence}}
+        return cell | {"refused": law.found.told}
     params = {
         name: [None if end is None else float(f"{end:.4g}") for end in (each.estimate, each.low, each.high)]
         for name, each in law.found.intervals().items()

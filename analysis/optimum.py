@@ -28,9 +28,8 @@ from scipy import stats
 
 from analysis import question as asked
 from analysis import table
-from analysis.arms import Arm, Envelope, identity, words
+from analysis.arms import Arm, Envelope, candidates, identity, words
 from analysis.covariance import Covariance
-from analysis.frontier import candidates
 from analysis.interval import LEVEL, Interval, short
 from analysis.isoflop import PER_TOKEN
 from analysis.laws import Array
@@ -351,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append({**asdict(found), "refused": None})
             except Refusal as refusal:
                 print(refusal, file=sys.stderr)
-                rows.append({"given": place, "refused": {"code": refusal.code, "sentence": refusal.sentence}})
+                rows.append({"given": place, "refused": refusal.told})
     except TableError as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,14 +7,11 @@ for, and residuals below. Several inputs: the law line by line, or observed agai
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -34,14 +31,8 @@ from analysis.forms import FORMS
 from analysis.interval import Interval
 from analysis.laws import Array
 from analysis.result import Fit
-from analysis.table import TableError
-from analysis.theme import GREY, MARKERS, WIDTH, Caption, below, colours, log_axis, plain, theme
+from analysis.theme import GREY, MARKERS, WIDTH, Caption, below, colours, log_axis, plain, save, theme
 
-FORMATS: Mapping[str, Mapping[str, Any]] = {  # without a date, so that the same fit is the same file
-    ".png": {"dpi": 200},
-    ".svg": {"metadata": {"Date": None}},
-    ".pdf": {"metadata": {"CreationDate": None}},
-}
 FEW = 8  # groups, or values of an input, that can be told apart by colour and marker
 GRID = 120  # places of a curve
 BEYOND = 0.1  # of the measured range, in logarithms, that a law is drawn further on either side
@@ -109,25 +100,7 @@ def write(
 
     Raises ``TableError`` for another ending and for a place that cannot be written to.
     """
-    target = Path(path)
-    options = FORMATS.get(target.suffix.lower())
-    if options is None:
-        raise TableError(f"--figure: got {str(path)!r}; a figure ends in {', '.join(FORMATS)}")
-    words, told = caption(found, at=at), target.with_suffix(".txt")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".figure", dir=target.parent) as folder, matplotlib.rc_context():
-            theme()
-            staged = Path(folder) / target.name
-            draw(found, at=at, labels=labels).savefig(staged, **options)
-            staged.with_suffix(".txt").write_text(f"{words.title}. {words.text}\n")
-            for made in (told, target):
-                if made.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "is a folder")
-            staged.with_suffix(".txt").replace(told)
-            staged.replace(target)
-    except OSError as error:
-        raise TableError(f"--figure: {target}: {error.strerror or error}") from error
+    save(lambda: draw(found, at=at, labels=labels), caption(found, at=at), path)
 
 
 def residuals(found: Fit) -> Array:
@@ -257,7 +230,8 @@ def _lines(axes: Axes, found: Fit, asked: Array, marks: Sequence[Mark], handles:
         _law(axes, across, level, mark.colour)
         levels.append(level)
         for entry in bands(axes, across, frame, mark.colour, names=1):
-            entry.set_color(GREY)
+            if isinstance(entry, Line2D):  # a hatched patch is grey already, and keeps its hatching
+                entry.set_color(GREY)
             entries[str(entry.get_label())] = entry
     handles += [Line2D([], [], color=GREY, label="fitted law"), *entries.values()]
     return np.concatenate(levels)

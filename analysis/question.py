@@ -283,14 +283,14 @@ def record(given: argparse.Namespace, held: Answer | None, refusal: Refusal | No
         "at_bound",
         "selection",
     )
-    told = None if refusal is None else {"code": refusal.code, "sentence": refusal.sentence}
+    told = None if refusal is None else refusal.told
     head = {"file": given.file, "law": given.law, "where": given.where, "derive": given.derive, "refused": told}
     if held is None:
         return head | dict.fromkeys(keys) | {"without": None, "predictions": []}
     less = held.without
     beside: dict[str, Any] | None = None
     if isinstance(less, Refusal):
-        beside = {"form": WITHOUT[given.law], "refused": {"code": less.code, "sentence": less.sentence}}
+        beside = {"form": WITHOUT[given.law], "refused": less.told}
     elif less is not None:
         beside = {key: getattr(less, key) for key in ("form", "formula", "params", "objective", "aicc")}
         beside |= {"refused": None}

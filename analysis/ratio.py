@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
@@ -14,9 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.gain import Gain
-from analysis.portrait import FORMATS
-from analysis.table import TableError
-from analysis.theme import GREY, WIDTH, Caption, colours, direct_labels, log_axis, theme
+from analysis.theme import GREY, WIDTH, Caption, colours, direct_labels, log_axis, save
 
 LINES = ("-", "--", "-.", ":")
 ROOM = 3.0  # factor that a band may take beyond the curves
@@ -83,22 +79,4 @@ def write(gains: Sequence[Gain], path: str | os.PathLike[str]) -> None:
 
     Raises ``TableError`` for another ending and for a place that cannot be written to.
     """
-    target = Path(path)
-    options = FORMATS.get(target.suffix.lower())
-    if options is None:
-        raise TableError(f"--figure: got {str(path)!r}; a figure ends in {', '.join(FORMATS)}")
-    words = caption(gains)
-    staged = {end: target.with_name(f".{target.stem}.tmp{end}") for end in (target.suffix, ".txt")}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context():
-            theme()
-            draw(gains).savefig(staged[target.suffix], **options)
-        staged[".txt"].write_text(f"{words.title}. {words.text}\n")
-        for end, file in staged.items():
-            file.replace(target.with_suffix(end))
-    except OSError as error:
-        raise TableError(f"--figure: {target}: {error.strerror or error}") from error
-    finally:
-        for file in staged.values():
-            file.unlink(missing_ok=True)
+    save(lambda: draw(gains), caption(gains), path)

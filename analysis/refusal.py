@@ -12,6 +12,7 @@ CODES = {
     "constant": "a column that does not vary, where variation is the question",
     "different_points": "forms, arms or curves that were not measured on the same points",
     "duplicate_run": "a run stands twice, so it would count twice",
+    "misfit": "a law that the points do not follow",
     "mixed_designs": "runs of several designs in one cell of a curve",
     "mixed_protocols": "metrics of different protocols or sample counts on one axis",
     "mixed_references": "distances to different reference sets on one axis",
@@ -37,3 +38,8 @@ class Refusal(ValueError):
         super().__init__(f"{sentence} ({code})")
         self.code = code
         self.sentence = sentence
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Code and sentence, as JSON holds them."""
+        return {"code": self.code, "sentence": self.sentence}

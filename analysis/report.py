@@ -16,10 +16,10 @@ import pandas as pd
 import polars as pl
 
 from analysis import load, prediction, study, tuning
-from analysis.arms import Arm, envelope_table, named, words
+from analysis.arms import Arm, candidates, envelope_table, named, words
 from analysis.curves import Law, law
 from analysis.fit import compare
-from analysis.frontier import Crossing, arms_of, best, candidates, crossings
+from analysis.frontier import Crossing, arms_of, best, crossings
 from analysis.interval import Interval, short
 from analysis.refusal import Refusal
 from analysis.uncertainty import spearman, spread

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from analysis.arms import Arm, Envelope, identity, mean_curve, resampled, words
+from analysis.arms import Arm, Envelope, candidates, identity, mean_curve, resampled, words
 from analysis.curves import mean_fit, saturates
 from analysis.forms import FORMS
-from analysis.frontier import candidates
 from analysis.gain import Form, Gain, Half, Side, Spread, between, half_width, reach, rises
 from analysis.interval import LEVEL
 from analysis.laws import Array

@@ -17,9 +17,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
 from analysis import report, study
-from analysis.arms import envelope_table, named, nearest, words
+from analysis.arms import candidates, envelope_table, named, nearest, words
 from analysis.curves import Law
-from analysis.frontier import candidates
 from analysis.interval import WIDE_RATIO
 from analysis.report import Curves, Results
 from analysis.theme import (

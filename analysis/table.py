@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+from analysis.refusal import Refusal
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".csv": lambda path: pl.read_csv(path, infer_schema_length=None, null_values=["", "NA", "nan", "NaN", "null"]),
@@ -83,8 +86,8 @@ def numbers(frame: pl.DataFrame, name: str, option: str) -> NDArray[np.float64]:
 
 
 def labels(frame: pl.DataFrame, names: Sequence[str], option: str) -> list[str]:
-    """One label per row from one or several columns, joined by " / "; a null is written "none"."""
-    parts = [column(frame, name, option).cast(pl.String).fill_null("none").to_list() for name in names]
+    """One label per row from one or several columns, joined by " / "; a null is written "none", 256.0 as 256."""
+    parts = [_written(column(frame, name, option)).fill_null("none").to_list() for name in names]
     return [" / ".join(row) for row in zip(*parts, strict=True)]
 
 
@@ -111,6 +114,30 @@ def listed(text: str) -> list[str]:
     return found
 
 
+def positive(option: str, given: Any) -> float:
+    """A number above 0. Raises ``TableError``."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise TableError(f"{option}: got {given!r}; allowed: a number above 0, for example 1e20")
+    return value
+
+
+def selected(given: argparse.Namespace) -> pl.DataFrame:
+    """The table of a command line: its columns and those derived, its rows. Raises ``TableError``."""
+    return where(derive(read(given.file), given.derive), given.where)
+
+
+def alike(frame: pl.DataFrame, names: Sequence[str]) -> None:
+    """Raises ``Refusal`` (mixed_protocols) where a column that says how rows were measured has several values."""
+    for name in names:
+        if (count := column(frame, name, "--protocol").n_unique()) > 1:
+            several = ", ".join(sorted(set(labels(frame, [name], "--protocol")))[:4])
+            raise Refusal("mixed_protocols", f"{name}: {count} values among rows that are compared: {several}")
+
+
 def write_json(path: str | os.PathLike[str], held: Any) -> None:
     """Write JSON whole or not at all."""
     target = Path(path)
@@ -129,6 +156,11 @@ def _sql(frame: pl.DataFrame, option: str, expression: str, name: str | None) ->
         raise TableError(f"{option}: {expression!r}: no such column; columns: {', '.join(frame.columns)}") from error
     except pl.exceptions.PolarsError as error:
         raise TableError(f"{option}: {expression!r}: {_first_line(error)}") from error
+
+
+def _written(held: pl.Series) -> pl.Series:
+    whole = held.dtype.is_float() and (held.drop_nulls() == held.drop_nulls().cast(pl.Int64, strict=False)).all()
+    return (held.cast(pl.Int64) if whole else held).cast(pl.String)
 
 
 def _first_line(error: BaseException) -> str:

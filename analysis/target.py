@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from analysis import frontier
-from analysis.arms import Arm, envelope_table
+from analysis.arms import Arm, candidates, envelope_table
 from analysis.curves import Law, mean_fit
 from analysis.fit import fit
 from analysis.forms import FORMS
@@ -207,7 +207,7 @@ def target(arms: Sequence[Arm], laws: dict[str, Law], narrow: Narrow) -> Target:
     fitting = [each for each in laws.values() if each.misfit.fits]
     if not fitting:
         raise Refusal(
-            "too_few",
+            "misfit",
             "no rate's points follow its law, and seeds do not narrow what a law gets wrong; budgets that show the "
             f"shape of the curve come first ({'; '.join(misses(laws))})",
         )
@@ -239,7 +239,7 @@ def leader(arms: Sequence[Arm]) -> tuple[list[Arm], float, int]:
 
     Of what all of them tried alone, as far as they share any.
     """
-    shared = [each for each in frontier.candidates(arms) if each.bits] if len(arms) > 1 else []
+    shared = [each for each in candidates(arms) if each.bits] if len(arms) > 1 else []
     if len(shared) < 2:
         raise Refusal("too_few", "a best rate needs two rates with a budget, a size and a tokenizer seed in common")
     budget = shared[0].budgets[-1]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Iterable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 import polars as pl
 import seaborn as sns
@@ -18,10 +23,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from analysis import report, study
 from analysis.arms import named
 from analysis.report import Results
+from analysis.table import TableError
 
 WIDTH = 7.2  # inches, two columns of a paper
 MARKERS = ("o", "s", "D", "^", "v", "P", "p", "h", "*", "<")
 GREY = "0.45"
+FORMATS: Mapping[str, Mapping[str, Any]] = {  # without a date, so that the same figure is the same file
+    ".png": {"dpi": 200},
+    ".svg": {"metadata": {"Date": None}},
+    ".pdf": {"metadata": {"CreationDate": None}},
+}
 TICKS = 3  # labelled ticks that an axis has at least
 # 1-2-5 and its like, from few ticks a decade to many
 STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0))
@@ -227,3 +238,29 @@ def power(value: float) -> str:
     exponent = math.floor(math.log10(value) + 1e-9)
     lead = value / 10**exponent
     return f"$10^{{{exponent}}}$" if abs(lead - 1) < 0.01 else f"${lead:.2g}\\!\\cdot\\!10^{{{exponent}}}$"
+
+
+def save(draw: Callable[[], Figure], words: Caption, path: str | os.PathLike[str]) -> None:
+    """A figure in this theme as PNG, SVG or PDF by the end of its name, its caption as .txt beside it: both or neither.
+
+    Raises ``TableError`` for another ending and for a place that cannot be written to.
+    """
+    target = Path(path)
+    options = FORMATS.get(target.suffix.lower())
+    if options is None:
+        raise TableError(f"--figure: got {str(path)!r}; a figure ends in {', '.join(FORMATS)}")
+    told = target.with_suffix(".txt")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".figure", dir=target.parent) as folder, matplotlib.rc_context():
+            theme()
+            staged = Path(folder) / target.name
+            draw().savefig(staged, **options)
+            staged.with_suffix(".txt").write_text(f"{words.title}. {words.text}\n")
+            for made in (told, target):
+                if made.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "is a folder")
+            staged.with_suffix(".txt").replace(told)
+            staged.replace(target)
+    except OSError as error:
+        raise TableError(f"--figure: {target}: {error.strerror or error}") from error

@@ -129,11 +129,6 @@ def _ends(found: Fit, at: Array) -> list[dict[str, Any]]:
     return made
 
 
-def told(refusal: Refusal) -> dict[str, str]:
-    """As JSON holds it."""
-    return {"code": refusal.code, "sentence": refusal.sentence}
-
-
 def evaluate(
     points: Points, law: str, split: Split, objective: Objective = SQUARES, min_train: int = 0
 ) -> tuple[Window, list[Row]]:
@@ -155,7 +150,7 @@ def evaluate(
         found = fitted(points, law, split.train, objective, str(split))
         said = _ends(found, points.inputs(law)[tested])
     except Refusal as refusal:
-        return replace(window, refused=told(refusal)), []
+        return replace(window, refused=refusal.told), []
     rows = []
     for i, distance, ends in zip(tested, distances, said, strict=True):
         observed = float(points.y[i])
@@ -225,4 +220,4 @@ def project(points: Points, law: str, found: Fit | Refusal, at: Mapping[str, flo
             raise found
         return replace(row, **_ends(found, np.array([list(inputs.values())]))[0])
     except Refusal as refusal:
-        return replace(row, refused=told(refusal))
+        return replace(row, refused=refusal.told)

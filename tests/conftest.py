@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests import cluster
+
+# the same examples on every machine: a test that passes here passes anywhere
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
 
 
 def running(held: cluster.Cluster) -> Iterator[cluster.Cluster]:

@@ -433,7 +433,7 @@ def test_the_command_prints_a_table_and_sentences(table, tmp_path, capsys):
     assert (held["n"], held["dropped"], held["refused"]) == (24, 0, None)
     assert held["estimator"] == "least squares on log residuals"
     assert len(held["windows"]) == 2 * 7
-    assert {row["group"] for row in held["rows"] if row["kind"] == "prediction"} == {"0.0", "1.0", "2.0"}
+    assert {row["group"] for row in held["rows"] if row["kind"] == "prediction"} == {"0", "1", "2"}
     tested = [row for row in held["rows"] if row["kind"] == "prediction" and row["law"] == "saturating"]
     inside = sum(each["errors"]["inside"] for each in held["windows"] if each["errors"] and each["law"] == "saturating")
     assert inside == sum(row["inside"] is True for row in tested)
@@ -475,11 +475,11 @@ def test_where_every_fit_is_refused_the_command_is_too(table, tmp_path, capsys):
         ([*RUN[:5], "my fid ", "--by", "x"], "--y: got 'my fid '; columns"),
         (RUN, "--by, --hold: neither given"),
         ([*RUN, "--hold", "x", "--cutoffs", "1e9"], "--cutoffs: they are of the budget"),
-        ([*RUN, "--by", "x", "--cutoffs", "1e9,many"], "--cutoffs: got 'many'; allowed: a positive number"),
+        ([*RUN, "--by", "x", "--cutoffs", "1e9,many"], "--cutoffs: got 'many'; allowed: a number above 0"),
         ([*RUN, "--by", "x", "--cutoffs", "1e15"], "--cutoffs: got 1e+15; x allows from 1e+09 to below 1e+12"),
         ([*RUN, "--by", "x", "--loss", "huber"], "--loss, --delta: got huber, None"),
         ([*RUN, "--by", "x", "--delta", "1e-3"], "--loss, --delta: got squares, 1e-3"),
-        ([*RUN, "--by", "x", "--project", "x=-1"], "--project x: got '-1'; allowed: a positive number"),
+        ([*RUN, "--by", "x", "--project", "x=-1"], "--project x: got '-1'; allowed: a number above 0"),
         ([*RUN, "--by", "x", "--project", "N=1e9"], "--project: got 'N=1e9'; a point has x"),
         ([*RUN, "--by", "x", "--group", "run"], "--group: got 'run'; columns"),
     ],

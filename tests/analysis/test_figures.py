@@ -89,10 +89,10 @@ def test_every_figure_is_drawn(make_study, rate, capsys):
         assert sorted(columns) == sorted(documented(f"{Path(table).name}.parquet"))
     laws = pd.read_parquet(out / "laws.parquet")
     assert set(laws["metric"]) == {"fid_digits_supervised", "fid_digits_contrastive", "nll_bits", "two_part_bits"}
-    assert len(laws) == 9
+    assert len(laws) == 12
     assert {"a_low", "a_high", "identified", "aicc_power", "floor", "interval_method"} <= set(laws.columns)
     crossings = pd.read_parquet(out / "crossings.parquet")
-    assert len(crossings) == 9
+    assert len(crossings) == 12
     assert set(crossings["verdict"]) <= {"crossing", "not identified", "no crossing in range"}
     written = (out / "report.md").read_text()
     for words in ("is best at", "tokenizer seeds of one rate differ by", "Spearman", "guided at", "predicted"):

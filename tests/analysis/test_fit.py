@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import check_grad, least_squares
 
-from analysis.fit import compare, fit
+from analysis.fit import compare, fit, fit_each
 from analysis.forms import FORMS
 from analysis.refusal import Refusal
 from analysis.result import Fit
@@ -39,6 +39,92 @@ def test_noise_free_laws_are_recovered(asymptote, amplitude, exponent, decades, 
     assert found.params["E"] == pytest.approx(asymptote, rel=1e-6)
     assert found.params["A"] == pytest.approx(amplitude * x[0] ** exponent, rel=1e-6)
     assert found.params["a"] == pytest.approx(exponent, rel=1e-6)
+
+
+def surface(form, truth, at):
+    """Noise-free points of a law with parameters in the units of x."""
+    law = FORMS[form]
+    theta = np.array([[math.log(truth[name]) if name in law.positive else truth[name] for name in law.parameters]])
+    return law.value(theta, at[None])[0]
+
+
+SIZES, DATA = np.geomspace(1e6, 1e9, 5), np.geomspace(1e8, 1e11, 5)
+GRID_ND = np.stack(np.meshgrid(SIZES, DATA), axis=-1).reshape(-1, 2)
+BITS, FLOPS = np.array([16.0, 32.0, 64.0, 128.0, 256.0]), np.geomspace(1e15, 1e19, 6)
+GRID_RC = np.stack(np.meshgrid(BITS, FLOPS), axis=-1).reshape(-1, 2)
+EXPONENTS = st.floats(0.15, 0.8)
+
+
+@settings(max_examples=40)
+@given(e=st.floats(0.5, 5), a=EXPONENTS, b=EXPONENTS, first=st.floats(0.3, 3), second=st.floats(0.3, 3))
+def test_noise_free_surfaces_over_size_and_data_are_recovered(e, a, b, first, second):
+    truth = {"E": e, "A": first * 1e7**a, "B": second * 1e9**b, "a": a, "b": b}
+    found = fit(GRID_ND, surface("chinchilla", truth, GRID_ND), "chinchilla")
+    assert found.params == pytest.approx(truth, rel=1e-6)
+    over = truth | {"B": second * 20**a}
+    del over["b"]
+    at = np.stack([GRID_ND[:, 0], GRID_ND[:, 1] / GRID_ND[:, 0]], axis=-1)
+    assert fit(at, surface("overtraining", over, at), "overtraining").params == pytest.approx(over, rel=1e-6)
+
+
+@settings(max_examples=40)
+@given(f=EXPONENTS, r=st.floats(0.1, 0.8), a=st.floats(0.1, 0.5), first=st.floats(1, 10), second=st.floats(0.5, 5))
+def test_noise_free_tradeoffs_are_recovered(f, r, a, first, second):
+    truth = {"F": first * 64**f, "A": second * 64**-r * 1e17**a, "f": f, "r": r, "a": a}
+    found = fit(GRID_RC, surface("tradeoff", truth, GRID_RC), "tradeoff")
+    assert found.params == pytest.approx(truth, rel=1e-6)
+    level = {"E": first, "A": truth["A"], "r": r, "a": a}
+    found = fit(GRID_RC, surface("tradeoff_offset", level, GRID_RC), "tradeoff_offset")
+    assert found.params == pytest.approx(level, rel=1e-6)
+
+
+def test_many_curves_at_once_are_fits_one_by_one():
+    lengths = [6, 8, 6, 3, 12]
+    curves = [
+        (np.geomspace(1e9, 1e12, n) * (i + 1), noisy(i, x=np.geomspace(1e9, 1e12, n))) for i, n in enumerate(lengths)
+    ]
+    for (x, y), found in zip(curves, fit_each(curves), strict=True):
+        if len(x) == 3:
+            assert isinstance(found, Refusal)
+            assert found.code == "too_few"
+            continue
+        alone = fit(x, y)
+        assert found.params == pytest.approx(alone.params, rel=1e-7)
+        assert found.conf_int().to_numpy() == pytest.approx(alone.conf_int().to_numpy(), rel=1e-5)
+        assert found.aicc == pytest.approx(alone.aicc, nan_ok=True) if alone.aicc else found.aicc is None
+
+
+def test_other_losses_have_a_bootstrap_or_a_reason():
+    x = np.geomspace(1e9, 1e12, 14)
+    held = fit(x, noisy(1, x=x), loss="huber", delta=0.01)
+    assert "bootstrap of rows, taken as independent, 1000 draws, seed 0" in held.interval_method
+    assert held.identified["a"]
+    assert held.get_prediction([1e13]).identified == [True]
+    few = fit(X, noisy(1), loss="absolute")
+    assert few.conf_int().isna().all(axis=None)
+    assert "needs 12 independent units" in few.reason
+    assert few.bse == {"E": None, "A": None, "a": None}
+    runs = fit(np.tile(x, 2), np.tile(noisy(1, x=x), 2), loss="huber", delta=0.01, groups=np.tile(np.arange(14), 2))
+    assert "bootstrap of 14 groups" in runs.interval_method
+    with pytest.raises(ValueError, match="Huber's loss has a delta"):
+        fit(X, noisy(0), loss="huber")
+    again = Fit.from_json(held.to_json())
+    assert again == held
+    assert again.intervals() == held.intervals()
+
+
+def test_known_errors_are_weights():
+    """Points ten times as uncertain count a hundredth; the common scale of the errors changes nothing."""
+    x = np.geomspace(1e9, 1e12, 8)
+    error = np.array([0.01, 0.3, 0.01, 0.01, 0.3, 0.01, 0.01, 0.01])
+    y = noisy(0, 0.001, x=x) * np.exp(np.where(error > 0.1, 0.4, 0))
+    held = fit(x, y, weights=error**-2)
+    assert held.params["a"] == pytest.approx(0.5, abs=0.02)
+    assert fit(x, y).params["a"] != pytest.approx(0.5, abs=0.05)
+    same = fit(x, y, weights=(10 * error) ** -2)
+    assert same.params == pytest.approx(held.params, rel=1e-9)
+    assert same.bse == pytest.approx(held.bse, rel=1e-6)
+    assert held.sigma == pytest.approx(0.5, rel=0.9)  # of one standard error
 
 
 def test_a_pure_power_law_has_no_asymptote():
@@ -174,6 +260,12 @@ def test_forms_are_compared_on_the_same_points():
         ({"y": [3.0, 2.0, 1.0, math.nan, 1.0, 1.0]}, "not_finite"),
         ({"protocols": ["a"] * 5 + ["b"]}, "mixed_protocols"),
         ({"ids": list("abcdea")}, "duplicate_run"),
+        ({"y": [3.0, 2.0, 1.0, math.inf, 1.0, 1.0]}, "overflow"),
+        ({"x": np.full(6, 1e9)}, "constant"),
+        ({"x": np.stack([X, 20 * X], axis=-1), "form": "chinchilla"}, "collinear"),
+        ({"x": np.array([4, 5, 6, 7, 8, 9]) * 10**18 * 6}, "non_positive"),
+        ({"weights": [1, 1, 1, -1, 1, 1]}, "non_positive"),
+        ({"interval": "groups"}, "too_few"),
     ],
 )
 def test_refusals_are_typed(change, code):

@@ -71,7 +71,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_labels_and_missing_numbers(rows):
     held = rows.with_columns(seed=pl.Series([None, 1]), score=pl.Series(["1.5", None]))
-    assert labels(held, ["seed", "tokens"], "--group") == ["none / 4100000000.0", "1 / 4100000000.0"]
+    assert labels(held, ["seed", "tokens"], "--group") == ["none / 4100000000", "1 / 4100000000"]
     assert np.isnan(numbers(held, "score", "--y")).tolist() == [False, True]
 
 
