@@ -188,6 +188,7 @@ def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0)
     error = standard_error(np.log(FORMS[form].value(theta, inputs)) + math.log(scale), units)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, units - 1)) * error
     half = np.where(error > 0, np.maximum(half, given_half([own_mean], grid)), np.nan)
+    half = np.where(np.isfinite(half), half, np.nan)  # no band
     with np.errstate(over="ignore"):
         low, high = mean * np.exp(-half), mean * np.exp(half)
     given = intervals if alone else given
@@ -222,7 +223,11 @@ def mean_fit(arm: Arm, form: str) -> tuple[Fit | None, str | None]:
 
 
 def given_half(fits: Sequence[Fit | None], grid: Array) -> Array:
-    """Half-width of ln y (of a difference of several) at ln x = grid, given these tokenizers; 0 where unknown."""
+    """Half-width of ln y (of a difference of several) at ln x = grid, given these tokenizers.
+
+    0 where a curve cannot be fitted to their means; infinite where it can and has no interval: its falling term has
+    died out, say, and what it might be is not known.
+    """
     known = [each for each in fits if each is not None and each.reason is None]
     if len(known) < len(fits):
         return np.zeros(len(grid))
@@ -230,4 +235,4 @@ def given_half(fits: Sequence[Fit | None], grid: Array) -> Array:
     total = variances.sum(0)
     # degrees of freedom of a sum of variances, after Satterthwaite
     dof = total**2 / (variances**2 / np.array([each.dof for each in known])[:, None]).sum(0)
-    return np.asarray(stats.t.ppf(0.5 + LEVEL / 2, dof) * np.sqrt(total))
+    return np.asarray(np.where(np.isnan(total), np.inf, stats.t.ppf(0.5 + LEVEL / 2, dof) * np.sqrt(total)))

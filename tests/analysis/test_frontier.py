@@ -26,7 +26,7 @@ from analysis.arms import (
     resampled,
     same_candidates,
 )
-from analysis.curves import curve, law, misfit
+from analysis.curves import curve, given_half, law, misfit
 from analysis.fit import fit
 from analysis.frontier import arms_of, best, crossing
 from analysis.refusal import Refusal
@@ -664,3 +664,12 @@ def test_a_common_shift_of_seeds_is_no_scatter():
 def test_lack_of_fit_is_told_from_scatter(make_study, pair):
     _, arms = read(make_study(rates=pair, seeds=(0, 1, 2), tokenizer_sd=0.6, generator_sd=0.3, noise_sd=0.3))
     assert all(law(each).misfit.fits for each in arms)
+
+
+def test_a_law_whose_fall_has_died_out_is_no_certainty():
+    """Points that do not fall fit a constant, whose linearised error knows nothing of the falls they allow."""
+    x = np.geomspace(1e10, 1e12, 6)
+    flat = fit(x, [0.68, 0.69, 0.67, 0.7, 0.68, 0.69])
+    assert np.isinf(given_half([flat], np.log(x))).all()
+    falling = fit(x, 0.5 + 3 * (x / 1e10) ** -0.5 * np.array([1.01, 0.99, 1.01, 1.0, 0.99, 1.0]))
+    assert (given_half([falling], np.log(x)) < 0.1).all()
