@@ -300,11 +300,12 @@ class Fit:
                 mark += "" if self.identified[name] else "  not identified"
             lines.append(f"  {name:<2} {each.estimate:< 15.7g} {ends}{mark}")
         clusters = f" in {self.n_groups} groups" if self.n_groups else ""
-        lines.append(f"  n = {self.n}{clusters}, dof = {self.dof}; {self.estimator}; {self.interval_method}")
-        aicc = "none at this n or loss" if self.aicc is None else f"{self.aicc:.3f}"
-        sigma = "none" if self.sigma is None else f"{self.sigma:.4g}"
-        lines.append(f"  objective {self.objective:.10g}, residual sd {sigma}, AICc {aicc}; {self.selection}")
-        return "\n".join(lines + ([f"  no intervals: {self.reason}"] if self.reason else []))
+        aicc = "" if self.aicc is None else f", AICc {self.aicc:.3f}"
+        sigma = "" if self.sigma is None else f", residual sd {self.sigma:.4g}"
+        lines.append(f"  n = {self.n}{clusters}, dof = {self.dof}; {self.selection}")
+        lines.append(f"  {self.estimator}: {self.objective:.10g}{sigma}{aicc}")
+        lines.append(f"  no intervals: {self.reason}" if self.reason else f"  95 % intervals: {self.interval_method}")
+        return "\n".join(lines)
 
     def _named(self) -> list[str]:
         """Inputs of the form and the columns they are."""

@@ -94,3 +94,8 @@ def test_intervals_cover_what_they_say_in_every_cell(held):
     again = table()
     promises(again)
     assert again.drop("method").schema == held.drop("method").schema
+
+
+def test_every_column_is_documented(held):
+    text = Path("results/README.md").read_text().split("## `coverage/coverage.parquet`")[1]
+    assert [name for name in held.columns if f"`{name}`" not in text] == []
