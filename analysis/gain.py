@@ -23,12 +23,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from analysis import table
@@ -64,7 +64,9 @@ exit code: 0 where a gain could be given, 2 for a wrong option or file, 3 where 
 class Gain:
     """C_baseline / C_method. ``gain`` at quality ``at``; over ``quality`` (worst first) ``curve``, ``low``, ``high``.
 
-    ``crosses``: qualities at which the gain is 1; ``units``: groups or tokenizer seeds behind the intervals.
+    ``crosses``: qualities at which the gain is 1; ``meeting``: the compute of the first of them, None where the curves
+    do not cross; ``resolved``: somewhere (without a crossing: everywhere) the interval of the gain leaves out 1;
+    ``units``: groups or tokenizer seeds behind the intervals.
     """
 
     method: str
@@ -80,6 +82,8 @@ class Gain:
     low: tuple[float | None, ...]
     high: tuple[float | None, ...]
     crosses: tuple[float, ...]
+    meeting: Interval | None
+    resolved: bool
     units: int | None
     notes: tuple[str, ...]
 
@@ -95,8 +99,15 @@ class Gain:
             beyond = ", extrapolated" if self.extrapolated else ""
             told = f"gain {self.gain} in {self.axis} at {short(self.at)}{beyond}{sure}"
         lines = [f"{head}: {told}"]
-        if self.crosses:
-            lines.append(f"the curves cross at {', '.join(short(each) for each in self.crosses)}")
+        if self.meeting is not None:
+            lines.append(
+                f"the curves cross at {self.meeting} {self.axis} "
+                f"({self.metric} {', '.join(short(each) for each in self.crosses)})"
+            )
+        elif self.gain.estimate is not None:
+            ahead = self.method if self.curve[-1] > 1 else self.baseline
+            sure = "" if self.resolved else ", not resolved everywhere"
+            lines.append(f"no crossing in range, {ahead} needs less throughout{sure}")
         lines += self.notes
         return "; ".join(lines)
 
@@ -201,7 +212,10 @@ def between(
         raise Refusal("different_points", f"the curves reach no {metric} that both have: {told}")
     place = best if at is None else math.log(at)
     levels = np.append(np.linspace(worst, best, GRID), place)
-    log, half = _log_gain(base, method, form, levels), spread(form, levels)
+    reached = [reach(form, side.x[None], side.y[None], levels)[0] for side in (base, method)]
+    with np.errstate(invalid="ignore"):
+        log = np.asarray(reached[0] - reached[1])
+    half = spread(form, levels)
     inside = best - TIE <= place <= worst + TIE
     if inside or (extrapolate and form != "monotone"):
         found = _interval(float(log[-1]), half)
@@ -209,6 +223,7 @@ def between(
         reason = f"outside the qualities that both curves reach, {short(math.exp(worst))} to {short(math.exp(best))}"
         found = Interval(None, None, None, LEVEL, half.method, None, reason)
     levels, log, width = levels[:-1], log[:-1], half.width[:-1]
+    first, second = (each[:-1] for each in reached)
     turns = np.flatnonzero(np.sign(log[:-1]) * np.sign(log[1:]) < 0)
     zeros = levels[turns] + (levels[turns + 1] - levels[turns]) * log[turns] / (log[turns] - log[turns + 1])
     return Gain(
@@ -225,15 +240,34 @@ def between(
         low=tuple(_listed(np.exp(log - width))),
         high=tuple(_listed(np.exp(log + width))),
         crosses=tuple(np.exp(zeros).tolist()),
+        meeting=_meeting(first, second, turns, half),
+        resolved=bool((np.abs(log) > width).any() if len(turns) else (np.abs(log) > width).all()),
         units=units,
         notes=tuple(notes),
     )
 
 
-def _log_gain(base: Side, method: Side, form: str, levels: Array) -> Array:
-    first, second = (reach(form, side.x[None], side.y[None], levels)[0] for side in (base, method))
-    with np.errstate(invalid="ignore"):
-        return np.asarray(first - second)
+def _meeting(first: Array, second: Array, turns: NDArray[np.intp], half: Half) -> Interval | None:
+    """Compute at which the curves, ln x [m] of both at each quality, first meet.
+
+    The interval is the hull of every compute at which the interval of the gain holds 1: what is not told from a tie.
+    """
+    if not len(turns):
+        return None
+    log, width, i = first - second, half.width[:-1], int(turns[0])
+    place = first[i] + (first[i + 1] - first[i]) * log[i] / (log[i] - log[i + 1])
+    dof = float(half.dof[0]) if math.isfinite(half.dof[0]) else None
+    nothing = Interval(math.exp(place), None, None, LEVEL, half.method, dof)
+    if np.isnan(width).any():
+        why = next((each for each in half.reason if each), None)
+        return replace(nothing, reason=why)
+    ties = np.flatnonzero(np.abs(log) <= width)
+    left, right = int(min([turns[0], *ties[:1] - 1])), int(max([turns[-1] + 1, *ties[-1:] + 1]))
+    if left < 0 or right >= len(log):
+        sides = [name for name, out in (("worst", left < 0), ("best", right >= len(log))) if out]
+        return replace(nothing, reason=f"the two are not told apart at the {' and the '.join(sides)} quality")
+    ends = [at for each in (first, second) for at in (each[left], each[right])]
+    return replace(nothing, low=math.exp(min(ends)), high=math.exp(max(ends)))
 
 
 def _interval(log: float, half: Half) -> Interval:

@@ -243,6 +243,51 @@ def test_a_crossing_is_reported():
     assert "the curves cross at" in found.sentence()
 
 
+def crossing_rows(seeds, noise, rng, flops=FLOPS):
+    """A steep curve and a flat one, y = c x^-a, that meet at x = 1e17."""
+    made = []
+    for name, exponent in (("plain", 0.3), ("better", 0.5)):
+        for seed in range(seeds):
+            shift = noise * rng.standard_normal()
+            y = 5 * (flops / 1e17) ** -exponent * np.exp(shift + 0.3 * noise * rng.standard_normal(len(flops)))
+            made += [(x, value, name, str(seed)) for x, value in zip(flops, y, strict=True)]
+    x, y, methods, groups = zip(*made, strict=True)
+    return np.array(x), np.array(y), list(methods), list(groups)
+
+
+def test_where_curves_cross_in_compute():
+    """The compute of the crossing, its interval, and none where one method is ahead throughout."""
+    rng = np.random.default_rng(0)
+    found = one(*crossing_rows(4, 0.03, rng), form="power")
+    assert found.meeting.low < 1e17 < found.meeting.high < 10 * found.meeting.low
+    assert found.meeting.low < found.meeting.estimate < found.meeting.high
+    assert found.resolved
+    assert f"the curves cross at {found.meeting} x" in found.sentence()
+    apart = one(*rows(4, noise=0.01))
+    assert apart.meeting is None
+    assert apart.resolved
+    assert "no crossing in range, better needs less throughout" in apart.sentence()
+    alike = one(*rows(4, noise=0.2, saves=1.02, rng=rng))
+    assert alike.meeting is None or alike.meeting.low is None
+    unsure = one(*crossing_rows(2, 0.5, rng), form="power")
+    assert unsure.meeting is None or unsure.meeting.low is None
+    bare = one(*crossing_rows(1, 0.0, rng)[:3], form="power")
+    assert bare.meeting.estimate == pytest.approx(1e17, rel=1e-3)
+    assert "no groups are named" in bare.meeting.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_interval_of_a_crossing_covers_it(seeds):
+    rng, held = np.random.default_rng(seeds), []
+    for _ in range(400):
+        found = one(*crossing_rows(seeds, 0.05, rng), form="power")
+        if found.meeting is not None and found.meeting.low is not None:
+            held.append(found.meeting.low <= 1e17 <= found.meeting.high)
+    assert len(held) > 100
+    assert np.mean(held) > 0.92
+
+
 def test_points_that_rise_are_said():
     x, y, methods, groups = rows(2)
     y = np.where((x == FLOPS[3]) & (np.array(methods) == "better"), y * 1.8, y)
