@@ -33,15 +33,18 @@ class Covariance:
 
     def error(self, contrast: Array) -> Array:
         """Standard errors [B, m] of contrasts [B, m, p]."""
-        variance = np.einsum("bmp,bpq,bmq->bm", contrast, self.matrix, contrast)
+        size = np.abs(contrast).max(-1)  # squares of 1e-200, a scale like any other, would be 0
+        unit = contrast / np.where(size > 0, size, 1.0)[..., None]
+        variance = np.einsum("bmp,bpq,bmq->bm", unit, self.matrix, unit)
         unknown = ((contrast != 0) & self.silent[:, None]).any(-1)
-        return np.asarray(np.where(unknown, np.nan, np.sqrt(np.maximum(variance, 0.0))))  # NaN stays NaN
+        return np.asarray(np.where(unknown, np.nan, size * np.sqrt(np.maximum(variance, 0.0))))  # NaN stays NaN
 
     def dof(self, contrast: Array) -> Array:
         """Degrees of freedom [B, m] of contrasts [B, m, p]."""
         if self.loadings is None:
             return np.broadcast_to(self.freedom[:, None], contrast.shape[:2])
-        omega = np.einsum("bmp,bghpq,bmq->bmgh", contrast, self.loadings, contrast)
+        unit = contrast / np.maximum(np.abs(contrast).max(-1, keepdims=True), 1e-300)
+        omega = np.einsum("bmp,bghpq,bmq->bmgh", unit, self.loadings, unit)
         trace = np.einsum("bmgg->bm", omega)
         return np.asarray(trace**2 / np.maximum((omega * omega).sum((-2, -1)), 1e-300))
 

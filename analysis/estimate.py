@@ -153,15 +153,18 @@ class Estimate:
         for i, name in enumerate(names):
             below, above = (flags[:, i] for flags in self.at_bound)
             if name == self.law.asymptote:
-                # the data would have it below what a metric can be: no interval
+                # the data would have it below what a metric can be: it has no interval, and the law is in doubt
                 wrong = around[:, i] + half[:, i] <= 0
+                top = self.scale * self.y.max(1)
                 low[:, i] = np.where(wrong, np.nan, np.maximum(low[:, i], 0.0))
-                high[:, i] = np.where(wrong, np.nan, high[:, i])
-                identified[:, i] &= ~wrong
+                high[:, i] = np.where(wrong, np.nan, np.minimum(high[:, i], np.maximum(top, self.params[:, i])))
+                identified &= ~wrong[:, None]
             else:
                 low[:, i] = np.where(below & np.isfinite(half[:, i]), self.params[:, i], low[:, i])
                 high[:, i] = np.where(above & np.isfinite(half[:, i]), self.params[:, i], high[:, i])
-        return Ends(self.params, np.where(logs, error * self.params, error), low, high, dof, identified)
+        with np.errstate(over="ignore"):
+            error = np.where(logs, error * self.params, error)
+        return Ends(self.params, error, low, high, dof, identified)
 
     def quotable(self, around: Array, half: Array) -> Flags:
         """Which parameters [B, p] are known well enough to be quoted, from centres and half-widths of their intervals.

@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from analysis import solver
 from analysis.estimate import Estimate, estimate
 from analysis.forms import FORMS
 from analysis.laws import Array, Form
+from analysis.profile import suits
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.resampling import SAME, UNITS, points
 from analysis.result import Fit, Method
@@ -31,6 +32,7 @@ from analysis.solver import Loss, Objective, Residuals
 
 MISFIT = math.log(1.2)  # means that lie further off a law (root mean square of ln y) do not follow it
 SEPARATE = 1e-4  # share of an input's spread (of ln x, squared) that the other inputs must leave unexplained
+SQUARABLE = (1e-140, 1e140)  # size of y whose squared residuals are floats
 DRAWS = 1000  # of a bootstrap that is the default
 
 
@@ -51,9 +53,7 @@ def check(
         raise Refusal("overflow", "a value is infinite; give it in larger units")
     if np.isnan(x).any() or np.isnan(y).any():
         count = int((np.isnan(x).any(1) | np.isnan(y)).sum())
-        raise Refusal(
-            "not_finite", f'{count} of {len(y)} points lack a value; leave them out by name (--where "y IS NOT NULL")'
-        )
+        raise Refusal("not_finite", f"{count} of {len(y)} points lack a value; leave them out by name")
     if (x <= 0).any() or (y <= 0).any():
         low = float(min(x.min(), y.min()))
         hint = "; an integer product that has overflowed?" if low < -1e15 else ""
@@ -111,16 +111,24 @@ def fit(
     out = np.asarray(y, np.float64)
     at = np.asarray(x, np.float64)
     at = at.reshape(len(out), -1) if len(out) else at
+    weight = np.ones(len(out)) if weights is None else np.asarray(weights, np.float64)
+    if len(out) and not (np.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
+        raise Refusal("non_positive", "a weight is negative, missing or infinite (a standard error of 0?)")
+    if not weight.all():  # a point that counts nothing is no point of the fit, nor a group of its own
+        counts = weight > 0
+        at, out, weight = at[counts], out[counts], weight[counts]
+        groups, ids, protocols = (_kept(each, counts) for each in (groups, ids, protocols))
     if (loss == "huber") != (delta is not None):
         raise ValueError(f"loss {loss!r}, delta {delta}: Huber's loss has a delta, the others have none")
     check(law, at, out, ids=ids, protocols=protocols)
-    weight = np.ones(len(out)) if weights is None else np.asarray(weights, np.float64)
-    if not (np.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
-        raise Refusal("non_positive", "a weight is negative, missing or infinite (a standard error of 0?)")
     labels = None if groups is None else tuple(str(group) for group in groups)
     n_groups = None if labels is None else len(set(labels))
     codes = None if labels is None or n_groups == len(labels) else np.unique(labels, return_inverse=True)[1]
     found = estimate(law, at[None], out[None], weight[None], Objective(residuals, loss, delta), codes)
+    if interval == "profile":
+        suits(found)
+    if residuals == "raw" and not SQUARABLE[0] < found.scale[0] < SQUARABLE[1]:
+        raise Refusal("overflow", f"squares of y near {found.scale[0]:.3g} leave the floats; give it in other units")
     units = found.n if found.clusters is None else found.clusters
     if interval is None and loss != "squares" and units >= UNITS:
         interval = "rows" if codes is None else "groups"
@@ -136,11 +144,15 @@ def fit(
         selection=selection,
         conventions=conventions or {},
     )
-    if not np.isfinite(list(made.params.values())).all():
-        raise Refusal("overflow", f"a parameter of the {form} form is beyond 1e308; give the inputs in larger units")
+    if not np.isfinite([*made.params.values(), made.objective]).all():
+        raise Refusal("overflow", f"a number of the {form} fit is beyond 1e308; give inputs and metric in other units")
     if made.interval != "delta":
         made.bse  # noqa: B018  a method that does not suit the points refuses now and not when it is printed
     return made
+
+
+def _kept(values: Sequence[Any] | None, counts: NDArray[np.bool_]) -> list[Any] | None:
+    return None if values is None else [value for value, kept in zip(values, counts, strict=True) if kept]
 
 
 def fit_each(curves: Sequence[tuple[ArrayLike, ArrayLike]], form: str = "saturating") -> list[Fit | Refusal]:
@@ -183,7 +195,7 @@ def result(
 ) -> Fit:
     """The typed result of one fit (B = 1)."""
     law, objective, scale = found.law, found.objective, float(found.scale[0])
-    power = {"squares": 2, "huber": 2, "absolute": 1}[objective.loss] if objective.residuals == "raw" else 0
+    units = scale ** {"squares": 2, "huber": 2, "absolute": 1}[objective.loss] if objective.residuals == "raw" else 1.0
     n, p = found.n, len(law.parameters)
     below, above = found.at_bound
     at_bound: dict[str, Literal["lower", "upper"]] = {
@@ -225,8 +237,8 @@ def result(
         n_groups=None if labels is None else len(set(labels)),
         dof=found.dof,
         sigma=sigma if math.isfinite(sigma) and objective.loss == "squares" else None,
-        objective=rss * scale**power,
-        centre_objective=float(found.centre_cost[0]) * scale**power,
+        objective=rss * units,
+        centre_objective=float(found.centre_cost[0]) * units,
         aicc=aicc,
         at_bound=at_bound,
         converged=bool(found.converged[0]),

@@ -85,7 +85,7 @@ def caption(found: Fit, *, at: ArrayLike | None = None) -> Caption:
         _said_of_bands(found),
     ]
     if unsure := [name for name, sure in found.identified.items() if not sure and held[name].low is not None]:
-        parts.append(f"Not identified, with intervals too wide to rely on: {', '.join(unsure)}.")
+        parts.append(f"Not identified: {'; '.join(f'{name} ({found.doubts[name]})' for name in unsure)}.")
     if found.n_groups is not None and found.n_groups > FEW:
         parts.append(f"The {found.n_groups} groups are too many to be told apart by colour.")
     parts += [_foretold(found, row) for row in asked]

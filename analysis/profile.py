@@ -20,15 +20,23 @@ WIDEN = 40  # steps outwards, each twice as far, until a value is no longer allo
 HALVE = 30  # steps of the search between
 
 
-def profile(found: Estimate, level: float = LEVEL) -> dict[str, Interval]:
-    """Profile intervals of every parameter; an end without a limit within the bounds is null, with the reason."""
-    assert len(found.theta) == 1
-    law, names = found.law, found.law.parameters
-    dof = found.n - len(names)
+def suits(found: Estimate) -> None:
+    """Raises ``Refusal`` (grouped, unsuited) for a fit that cannot be profiled."""
     if found.codes is not None:
         raise Refusal("grouped", "a profile takes points as independent; these come in groups")
     if found.objective.loss != "squares":
-        raise Refusal("grouped", "a profile judged by F is one of least squares")
+        raise Refusal("unsuited", "a profile judged by F is one of least squares; other losses have bootstraps")
+
+
+def profile(found: Estimate, level: float = LEVEL) -> dict[str, Interval]:
+    """Profile intervals of every parameter; an end without a limit within the bounds is null, with the reason.
+
+    Raises ``Refusal`` as ``suits`` does.
+    """
+    suits(found)
+    assert len(found.theta) == 1
+    law, names = found.law, found.law.parameters
+    dof = found.n - len(names)
     method = f"profile, F(1, {dof}), points taken as independent"
     values = found.params[0]
     if dof < 1:

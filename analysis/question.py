@@ -44,6 +44,9 @@ exit code: 0 fitted, 2 bad input, 3 refused (the JSON then has refused: code and
 """
 
 
+FEWEST = 100  # refits of which percentiles mean anything
+
+
 @dataclass(frozen=True)
 class Answer:
     """A fit, the form without asymptote beside it, and what the law says at the places asked for."""
@@ -103,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--protocol", type=table.listed, metavar="COL[,COL]", help="must not differ within a fit")
     made.add_argument("--id", type=table.listed, metavar="COL[,COL]", help="must not repeat: the run, its checkpoint")
-    made.add_argument("--figure", metavar="OUT", help="points, law and bands as PNG, SVG or PDF")
+    made.add_argument("--figure", type=table.writable, metavar="OUT", help="points, law and bands as PNG, SVG or PDF")
     return made
 
 
@@ -127,10 +130,11 @@ def places(law: Form, given: Sequence[str]) -> Array:
     """Where to predict, [m, d], from ``INPUT=V,INPUT=V``."""
     made = []
     for text in given:
-        parts = dict(part.partition("=")[::2] for part in re.split(r",\s*", text.strip()))
+        named = [part.partition("=")[::2] for part in re.split(r",\s*", text.strip())]
+        parts = dict(named)
         try:
             row = [float(parts[name]) for name in law.inputs]
-            wrong = len(parts) != len(row) or not all(0 < value < math.inf for value in row)
+            wrong = len(named) != len(row) or not all(0 < value < math.inf for value in row)
         except (KeyError, ValueError):
             wrong = True
         if wrong:
@@ -148,8 +152,8 @@ def answer(given: argparse.Namespace) -> Answer:
         raise TableError(f"--delta: got {given.delta}; --loss huber needs one, {given.loss} has none")
     if given.delta is not None and not 0 < given.delta < math.inf:
         raise TableError(f"--delta: got {given.delta}; a positive number")
-    if given.bootstrap is not None and given.bootstrap < 2:
-        raise TableError(f"--bootstrap: got {given.bootstrap}; two refits at least, a thousand as a rule")
+    if given.bootstrap is not None and given.bootstrap < FEWEST:
+        raise TableError(f"--bootstrap: got {given.bootstrap}; {FEWEST} refits at least, a thousand as a rule")
     if given.bootstrap is not None and given.interval in ("delta", "profile"):
         raise TableError(f"--bootstrap: got {given.bootstrap}; --interval {given.interval} draws nothing")
     whole = table.derive(table.read(given.file), given.derive)
@@ -157,6 +161,9 @@ def answer(given: argparse.Namespace) -> Answer:
     y = table.numbers(frame, given.y, "--y")
     x = np.stack([table.numbers(frame, column, "--x") for column in columns.values()], axis=-1)
     groups = table.labels(frame, given.group, "--group") if given.group else None
+    _complete(frame, [given.y, *columns.values()])
+    if not given.id:
+        _distinct(frame, [given.y, *columns.values(), *(given.group or [])])
     chosen = "; ".join([f"{len(frame)} of {len(whole)} rows of {given.file}", *(f"where {sql}" for sql in given.where)])
     interval: Method | None = given.interval
     if given.bootstrap is not None and interval is None:
@@ -182,6 +189,29 @@ def answer(given: argparse.Namespace) -> Answer:
         except Refusal as refusal:
             without = refusal
     return Answer(found, without, at, _predictions(found, at))
+
+
+def _complete(frame: pl.DataFrame, names: Sequence[str]) -> None:
+    """Raises ``Refusal`` (not_finite) for rows without a value, and says how to leave them out."""
+    for name in names:
+        if count := frame[name].null_count():
+            first = frame.with_row_index("row").filter(pl.col(name).is_null())["row"][0] + 1
+            told = name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else f'"{name}"'
+            raise Refusal(
+                "not_finite",
+                f"{count} of {len(frame)} rows have no {name} (the first is row {first}); "
+                f"--where '{told} IS NOT NULL' leaves them out",
+            )
+
+
+def _distinct(frame: pl.DataFrame, names: Sequence[str]) -> None:
+    """Raises ``Refusal`` (duplicate_run) for rows that are equal in everything that is fitted."""
+    if count := int(frame.select(names).is_duplicated().sum()):
+        raise Refusal(
+            "duplicate_run",
+            f"{count} rows are not the only ones with their {', '.join(names)}: a run that stands twice counts twice; "
+            "--id COL says what tells them apart",
+        )
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -284,7 +314,8 @@ def record(given: argparse.Namespace, held: Answer | None, refusal: Refusal | No
         "selection",
     )
     told = None if refusal is None else refusal.told
-    head = {"file": given.file, "law": given.law, "where": given.where, "derive": given.derive, "refused": told}
+    asked = ("file", "law", "where", "derive", "group", "id", "protocol", "error", "weight")
+    head = {name: getattr(given, name) for name in asked} | {"refused": told}
     if held is None:
         return head | dict.fromkeys(keys) | {"without": None, "predictions": []}
     less = held.without

@@ -26,6 +26,7 @@ CODES = {
     "guided": "guided points for a quantity that is unguided by definition",
     "grouped": "a method that takes points as independent, on points that are not",
     "too_few": "fewer points, rates or budgets than the question needs",
+    "unsuited": "a method that does not suit the loss or the points",
     "wide_bracket": "a threshold is passed between two points too far apart to interpolate",
 }
 

@@ -17,7 +17,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from analysis import resampling
-from analysis.estimate import SURE_LEVEL, Ends, Estimate, quantile
+from analysis.checkup import checkup
+from analysis.estimate import FREEDOM, SURE_LEVEL, Ends, Estimate, quantile
 from analysis.forms import FORMS
 from analysis.interval import LEVEL, Interval
 from analysis.laws import Array
@@ -167,8 +168,7 @@ class Fit:
         held = self.drawn
         if held is None:
             return "none"
-        short = held.units < UNITS and self.interval != "parametric-t"
-        few = f"; fewer than {UNITS} units, where percentiles cover too little" if short else ""
+        few = f"; fewer than {UNITS} units, where percentiles cover too little" if self.few else ""
         return f"percentiles, {held.method}{few}"
 
     @cached_property
@@ -245,7 +245,47 @@ class Fit:
         else:
             ends = np.array([(i.low or math.nan, i.high or math.nan) for i in self.intervals().values()])
             sure = self.estimate.quotable(self.estimate.params, (ends[:, 1] - ends[:, 0])[None] / 2)[0]
-        return {name: bool(flag) and not self.reason for name, flag in zip(self.params, sure, strict=True)}
+        known = not self.reason and not self.few
+        return {name: bool(flag) and known for name, flag in zip(self.params, sure, strict=True)}
+
+    @cached_property
+    def doubts(self) -> dict[str, str]:
+        """Why an interval cannot be quoted, by parameter."""
+        law, ends, said = FORMS[self.form], self.intervals(), {}
+        asymptote = law.asymptote
+        rejected = asymptote is not None and ends[asymptote].low is None and self.reason is None
+        for name, sure in self.identified.items():
+            if sure:
+                continue
+            each, free = ends[name], self.estimate.clusters
+            if each.low is None or each.high is None:
+                said[name] = each.reason or "no interval"
+            elif rejected:
+                said[name] = f"the points would have {asymptote} below 0"
+            elif name in self.at_bound and name != asymptote:
+                said[name] = f"at its {self.at_bound[name]} bound"
+            elif self.few:
+                said[name] = f"percentiles of fewer than {UNITS} units"
+            elif free is not None and each.dof is not None and each.dof < min(FREEDOM, free - 1) - 1e-6:
+                said[name] = f"{each.dof:.2g} degrees of freedom of {free} groups that are not alike"
+            elif name == asymptote:
+                said[name] = "known to no better than half the lowest value, or hangs on an exponent that is not"
+            elif name in law.positive:
+                said[name] = "hangs on an exponent that is not"
+            else:
+                said[name] = "known to no better than a third of it"
+        return said
+
+    @property
+    def few(self) -> bool:
+        """Percentiles of resampled units of which there are fewer than hold what they say."""
+        held = self.drawn
+        return held is not None and held.units < UNITS and self.interval != "parametric-t"
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What speaks against the law (``analysis.checkup``)."""
+        return checkup(self.estimate, np.asarray(self.x), np.asarray(self.y))
 
     def curve(self, x: Array, level: float = LEVEL) -> Ends:
         """The law and its interval at x [m] or [m, d]."""
@@ -297,13 +337,15 @@ class Fit:
                 ends = "no interval" + (f": {each.reason}" if each.reason != self.reason else "")
             else:
                 ends = f"[{each.low:.7g}, {each.high:.7g}]"
-                mark += "" if self.identified[name] else "  not identified"
+                doubt = self.doubts.get(name)
+                mark = f"  not identified: {doubt}" if doubt else mark
             lines.append(f"  {name:<2} {each.estimate:< 15.7g} {ends}{mark}")
         clusters = f" in {self.n_groups} groups" if self.n_groups else ""
         aicc = "" if self.aicc is None else f", AICc {self.aicc:.3f}"
         sigma = "" if self.sigma is None else f", residual sd {self.sigma:.4g}"
         lines.append(f"  n = {self.n}{clusters}, dof = {self.dof}; {self.selection}")
         lines.append(f"  {self.estimator}: {self.objective:.10g}{sigma}{aicc}")
+        lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  no intervals: {self.reason}" if self.reason else f"  95 % intervals: {self.interval_method}")
         return "\n".join(lines)
 
@@ -319,6 +361,7 @@ class Fit:
         ends = {name: [each.low, each.high] for name, each in self.intervals().items()}
         reasons = {name: each.reason for name, each in self.intervals().items() if each.reason}
         derived = {"bse": self.bse, "conf_int": ends, "conf_int_reasons": reasons, "identified": self.identified}
+        derived |= {"doubts": self.doubts, "notes": list(self.notes), "level": LEVEL}
         return asdict(self) | derived | {"interval_method": self.interval_method, "reason": self.reason}
 
     def to_json(self) -> str:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import polars as pl
@@ -30,12 +30,15 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
 }
 
 
+WHOLE = 2.0**53  # up to which a float64 holds every whole number
+
+
 class TableError(ValueError):
     """A file or an argument that cannot be used: what was given, and what is allowed, in one line. Exit code 2."""
 
 
 def read(file: str | os.PathLike[str]) -> pl.DataFrame:
-    """A table, by the end of its name; integers as float64. Raises ``TableError``."""
+    """A table, by the end of its name; integers as float64, NaN as null. Raises ``TableError``."""
     path = Path(file)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -46,7 +49,7 @@ def read(file: str | os.PathLike[str]) -> pl.DataFrame:
         frame = reader(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise TableError(f"{path}: not readable as {path.suffix}: {_first_line(error)}") from error
-    return frame.with_columns(pl.selectors.integer().cast(pl.Float64))
+    return frame.with_columns(pl.selectors.integer().cast(pl.Float64)).with_columns(pl.selectors.float().fill_nan(None))
 
 
 def derive(frame: pl.DataFrame, assignments: Sequence[str]) -> pl.DataFrame:
@@ -91,9 +94,24 @@ def labels(frame: pl.DataFrame, names: Sequence[str], option: str) -> list[str]:
     return [" / ".join(row) for row in zip(*parts, strict=True)]
 
 
+class Command(argparse.ArgumentParser):
+    """A command line whose mistakes are one line, as those in files are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help)\n")
+
+
+def writable(path: str) -> str:
+    """The path of an option for a file to write."""
+    target = Path(path)
+    if target.is_dir() or (target.parent.exists() and not target.parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"got {path!r}; a file that can be written")
+    return path
+
+
 def parser(module: str, question: str, examples: str, row: str) -> argparse.ArgumentParser:
     """The command line of a module that reads a table: FILE, --where, --derive and --json; ``row``: what a row is."""
-    made = argparse.ArgumentParser(
+    made = Command(
         prog=f"python -m {module}",
         description=question,
         epilog=examples,
@@ -102,7 +120,7 @@ def parser(module: str, question: str, examples: str, row: str) -> argparse.Argu
     made.add_argument("file", help=f"table: {', '.join(READERS)}; a row is {row}")
     made.add_argument("--where", action="append", default=[], metavar="SQL", help="rows to keep")
     made.add_argument("--derive", action="append", default=[], metavar="NAME=SQL", help="a further column")
-    made.add_argument("--json", metavar="OUT", help="write the answers as JSON")
+    made.add_argument("--json", type=writable, metavar="OUT", help="write the answers as JSON")
     return made
 
 
@@ -159,7 +177,8 @@ def _sql(frame: pl.DataFrame, option: str, expression: str, name: str | None) ->
 
 
 def _written(held: pl.Series) -> pl.Series:
-    whole = held.dtype.is_float() and (held.drop_nulls() == held.drop_nulls().cast(pl.Int64, strict=False)).all()
+    known = held.drop_nulls()
+    whole = held.dtype.is_float() and bool((known.abs() < WHOLE).all()) and bool((known == known.floor()).all())
     return (held.cast(pl.Int64) if whole else held).cast(pl.String)
 
 

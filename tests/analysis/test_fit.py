@@ -113,6 +113,59 @@ def test_other_losses_have_a_bootstrap_or_a_reason():
     assert again.intervals() == held.intervals()
 
 
+def test_a_dense_table_has_as_many_points_as_it_has():
+    """A thousand budgets over four decades lie within 1 % of their neighbours, and are not one."""
+    x = np.geomspace(1e16, 1e20, 3000)
+    found = fit(x, noisy(0, x=x))
+    assert found.n == 3000
+    assert found.params["a"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_rows_of_no_weight_are_no_points_and_no_groups():
+    x, runs = np.tile(X, 3), np.repeat([0, 1, 2], 6)
+    y = np.concatenate([noisy(seed) for seed in range(3)])
+    held = fit(x, y, weights=(runs > 0) * 1.0, groups=runs)
+    alone = fit(x[6:], y[6:], groups=runs[6:])
+    assert held == alone
+    assert (held.n, held.n_groups, held.dof) == (12, 2, 1)
+
+
+@pytest.mark.parametrize("unit", [1e-250, 1e-100, 1e100, 1e250])
+@pytest.mark.parametrize("groups", [None, np.tile([0, 1], 6)], ids=["independent", "grouped"])
+def test_extreme_units_change_nothing(unit, groups):
+    x = np.geomspace(1e9, 1e12, 12)
+    one, other = (fit(x, noisy(1, x=x) * scale, groups=groups) for scale in (1.0, unit))
+    for name, times in (("E", unit), ("a", 1.0)):
+        assert np.array(other.conf_int().loc[name]) == pytest.approx(
+            np.array(one.conf_int().loc[name]) * times, rel=1e-6
+        )
+    assert other.identified == one.identified
+    if not 1e-140 < unit < 1e140:
+        with pytest.raises(Refusal, match="leave the floats"):
+            fit(x, noisy(1, x=x) * unit, residuals="raw")
+
+
+def test_a_doubt_says_why():
+    """Points that fall faster than E >= 0 allows: no interval of E, and nothing of that law is quoted."""
+    x = np.geomspace(1e9, 1e12, 12)
+    steep = 100 * (x / 1e9) ** -0.3 - 11
+    found = fit(x, steep * np.exp(0.002 * np.random.default_rng(0).standard_normal(12)))
+    assert found.at_bound["E"] == "lower"
+    assert "fall faster" in found.doubts["E"]
+    assert found.doubts["a"] == "the points would have E below 0"
+    assert not any(found.identified.values())
+    assert found.get_prediction([1e13]).identified == [False]
+    assert "not identified: the points would have E below 0" in found.summary()
+    wide = fit(X, noisy(0, 0.15))
+    assert wide.doubts["a"] == "known to no better than a third of it"
+    assert fit(x, noisy(0, 0.01, x=x)).doubts == {}
+    few = fit(X, noisy(4), interval="rows")
+    assert few.doubts["a"] == "percentiles of fewer than 12 units"
+    runs = np.repeat(np.arange(4), 5)
+    checkpoints = (X[:4, None] * np.array([0.2, 0.4, 0.6, 0.8, 1.0])).ravel()
+    assert "groups that are not alike" in fit(checkpoints, noisy(5, 0.005, x=checkpoints), groups=runs).doubts["E"]
+
+
 def test_known_errors_are_weights():
     """Points ten times as uncertain count a hundredth; the common scale of the errors changes nothing."""
     x = np.geomspace(1e9, 1e12, 8)

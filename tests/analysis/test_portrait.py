@@ -281,7 +281,7 @@ def test_what_is_not_identified_is_hatched_and_said():
     top = draw(found, at=[1e11]).axes[0]
     (hatched,) = [band for band in top.collections if band.get_label() == "not identified"]
     assert hatched.get_hatch()
-    assert "Not identified, with intervals too wide to rely on: E, A, a." in caption(found).text
+    assert "Not identified: E (known to no better than half the lowest value" in caption(found).text
     assert caption(found, at=[1e11]).text.endswith("for a new observation, not identified.")
     full, open_ = lines(top, "asked")
     assert (len(full.get_xdata()), len(open_.get_xdata())) == (0, 1)

@@ -114,9 +114,9 @@ def test_groups_weights_and_bootstraps_of_groups(table, tmp_path, capsys):
     held = json.loads(out.read_text())
     assert (held["n_groups"], held["dof"]) == (3, 2)
     assert held["interval_method"].startswith("delta, cluster-robust over 3 groups")
-    asked(capsys, path, *LAW, "--group", "seed", "--bootstrap", "50", "--json", out)
+    asked(capsys, path, *LAW, "--group", "seed", "--bootstrap", "100", "--json", out)
     assert "bootstrap of 3 groups" in json.loads(out.read_text())["interval_method"]
-    asked(capsys, path, *LAW, "--group", "seed", "--interval", "rows", "--bootstrap", "50", "--json", out)
+    asked(capsys, path, *LAW, "--group", "seed", "--interval", "rows", "--bootstrap", "100", "--json", out)
     assert "rows, taken as independent" in json.loads(out.read_text())["interval_method"]
     asked(capsys, path, *LAW, "--error", "fid error", "--json", out)
     expected = fit(frame["Training FLOP"], frame["fid"], weights=(frame["fid"] / frame["fid error"]) ** 2)
@@ -129,8 +129,15 @@ def test_groups_weights_and_bootstraps_of_groups(table, tmp_path, capsys):
         (RUNS[:3], [], "too_few", "3 distinct x for 3 parameters"),
         (RUNS.with_columns(protocol=pl.col("run")), ["--protocol", "protocol"], "mixed_protocols", "9 protocols"),
         (pl.concat([RUNS, RUNS[:1]]), ["--id", "run"], "duplicate_run", "r0 stands 2 times"),
+        (pl.concat([RUNS, RUNS[:1]]), [], "duplicate_run", "2 rows are not the only ones with their fid"),
+        (RUNS, ["--interval", "profile", "--loss", "huber", "--delta", "0.1"], "unsuited", "other losses"),
         (RUNS.with_columns(fid=pl.col("fid") - 3), [], "non_positive", "positive values"),
-        (RUNS.with_columns(fid=pl.when(pl.col("run") != "r1").then("fid")), [], "not_finite", "IS NOT NULL"),
+        (
+            RUNS.with_columns(fid=pl.when(pl.col("run") != "r1").then("fid")),
+            [],
+            "not_finite",
+            "1 of 9 rows have no fid (the first is row 2); --where 'fid IS NOT NULL'",
+        ),
         (RUNS.with_columns(pl.lit(1e20).alias("Training FLOP")), [], "constant", "does not vary"),
         (RUNS.with_columns(pl.col("Training FLOP") * 1e300), [], "overflow", "infinite"),
         (RUNS, ["--derive", '"D"="model size"*20'], "collinear", "N and D move together"),
@@ -162,8 +169,8 @@ def test_refusals_have_a_code_a_sentence_and_a_record(table, tmp_path, capsys, f
         ([*LAW, "--predict", "x=-1"], "write a positive number per input, x=1e9"),
         ([*LAW, "--predict", "N=1"], "write a positive number per input"),
         ([*LAW, "--where", "flops >"], "--where"),
-        ([*LAW, "--bootstrap", "1"], "two refits at least"),
-        ([*LAW, "--bootstrap", "10", "--interval", "delta"], "draws nothing"),
+        ([*LAW, "--bootstrap", "99"], "100 refits at least"),
+        ([*LAW, "--bootstrap", "100", "--interval", "delta"], "draws nothing"),
         ([*LAW, "--figure", "law.tiff"], "a figure ends in"),
         (["--x", "run", "--y", "fid"], "not numbers"),
     ],

@@ -69,6 +69,13 @@ def test_a_damaged_file_is_named(tmp_path):
         read(tmp_path / "t.parquet")
 
 
+def test_labels_of_large_numbers_and_of_fractions():
+    held = pl.DataFrame({"flops": [1e19, 9.3e18, None], "share": [0.5, 2.0, 1.0], "seed": [0.0, None, 2.0]})
+    assert labels(held, ["flops"], "--by") == ["1e+19", "9.3e+18", "none"]
+    assert labels(held, ["share"], "--by") == ["0.5", "2.0", "1.0"]
+    assert labels(held, ["seed"], "--by") == ["0", "none", "2"]
+
+
 def test_labels_and_missing_numbers(rows):
     held = rows.with_columns(seed=pl.Series([None, 1]), score=pl.Series(["1.5", None]))
     assert labels(held, ["seed", "tokens"], "--group") == ["none / 4100000000", "1 / 4100000000"]
