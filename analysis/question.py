@@ -104,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="INPUT=V,...",
         help="what the law says there, such as N=1e9,D=2e10",
     )
-    made.add_argument("--protocol", type=table.listed, metavar="COL[,COL]", help="must not differ within a fit")
+    made.add_argument(
+        "--protocol", type=table.listed, metavar="COL[,COL]", help="must not differ within a fit; none: pool them"
+    )
     made.add_argument("--id", type=table.listed, metavar="COL[,COL]", help="must not repeat: the run, its checkpoint")
     made.add_argument("--figure", type=table.writable, metavar="OUT", help="points, law and bands as PNG, SVG or PDF")
     return made
@@ -161,6 +163,8 @@ def answer(given: argparse.Namespace) -> Answer:
     y = table.numbers(frame, given.y, "--y")
     x = np.stack([table.numbers(frame, column, "--x") for column in columns.values()], axis=-1)
     groups = table.labels(frame, given.group, "--group") if given.group else None
+    taken = [given.y, *columns.values(), *(given.group or []), *(given.id or [])]
+    table.alike(frame, given.protocol or [], taken)
     _complete(frame, [given.y, *columns.values()])
     if not given.id:
         _distinct(frame, [given.y, *columns.values(), *(given.group or [])])
@@ -175,7 +179,6 @@ def answer(given: argparse.Namespace) -> Answer:
         "loss": given.loss,
         "delta": given.delta,
         "ids": table.labels(frame, given.id, "--id") if given.id else None,
-        "protocols": table.labels(frame, given.protocol, "--protocol") if given.protocol else None,
         "inputs": tuple(columns.values()),
         "output": given.y,
         "selection": chosen,

@@ -30,6 +30,10 @@ READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
 }
 
 
+MEASURED = {  # names under which tables say how a metric was measured
+    *("protocol", "protocol_id", "samples", "n_samples", "num_samples", "guided", "guidance", "cfg", "cfg_scale"),
+    *("reference", "reference_hash", "extractor", "sampler"),
+}
 WHOLE = 2.0**53  # up to which a float64 holds every whole number
 
 
@@ -148,12 +152,22 @@ def selected(given: argparse.Namespace) -> pl.DataFrame:
     return where(derive(read(given.file), given.derive), given.where)
 
 
-def alike(frame: pl.DataFrame, names: Sequence[str]) -> None:
-    """Raises ``Refusal`` (mixed_protocols) where a column that says how rows were measured has several values."""
-    for name in names:
+def alike(frame: pl.DataFrame, names: Sequence[str], used: Sequence[str] | None = None) -> None:
+    """Raises ``Refusal`` (mixed_protocols) where a column that says how rows were measured has several values.
+
+    ``names``: those columns, or "none" alone. Without any, columns that are called like one (``MEASURED``) and are not
+    among those ``used`` for something else: rows are never pooled over them unasked.
+    """
+    if list(names) == ["none"]:
+        return
+    guessed: list[str] = []
+    if not names and used is not None:
+        guessed = [name for name in frame.columns if name not in used and name.lower() in MEASURED]
+    for name in (*names, *guessed):
         if (count := column(frame, name, "--protocol").n_unique()) > 1:
             several = ", ".join(sorted(set(labels(frame, [name], "--protocol")))[:4])
-            raise Refusal("mixed_protocols", f"{name}: {count} values among rows that are compared: {several}")
+            how = "; --where keeps one of them, --protocol none pools them" if guessed else ""
+            raise Refusal("mixed_protocols", f"{name}: {count} values among rows that are compared: {several}{how}")
 
 
 def write_json(path: str | os.PathLike[str], held: Any) -> None:

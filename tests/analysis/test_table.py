@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis.table import TableError, column, derive, labels, numbers, read, where, write_json
+from analysis.refusal import Refusal
+from analysis.table import TableError, alike, column, derive, labels, numbers, read, where, write_json
 
 ROWS = pl.DataFrame({"Model Size": [410_000_000, 4_100_000_000], "tokens": [4_100_000_000, 4_100_000_000]})
 
@@ -88,3 +89,15 @@ def test_json_is_written_whole(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "b.json", {"x": float("nan")})
     assert not list(tmp_path.glob("*b.json*"))
+
+
+def test_columns_that_say_how_rows_were_measured_are_not_pooled_unasked():
+    held = pl.DataFrame({"fid": [3.0, 2.0], "cfg": [1.0, 1.5], "Samples": [5e4, 1e4], "depth": [1.0, 2.0]})
+    for names, used, told in (([], [], "cfg: 2 values"), ([], ["cfg"], "Samples: 2 values"), (["depth"], [], "depth")):
+        with pytest.raises(Refusal, match=told) as refusal:
+            alike(held, names, used)
+        assert refusal.value.code == "mixed_protocols"
+    alike(held, ["none"], [])
+    alike(held, [], ["cfg", "Samples"])
+    alike(held, [])
+    alike(held[:1], ["cfg", "depth"], [])
