@@ -118,6 +118,8 @@ def fit(
         counts = weight > 0
         at, out, weight = at[counts], out[counts], weight[counts]
         groups, ids, protocols = (_kept(each, counts) for each in (groups, ids, protocols))
+    if len(weight):  # relative, so that sigma is that of a point of mean weight, and a new observation is one
+        weight = weight / weight.mean()
     if (loss == "huber") != (delta is not None):
         raise ValueError(f"loss {loss!r}, delta {delta}: Huber's loss has a delta, the others have none")
     check(law, at, out, ids=ids, protocols=protocols)

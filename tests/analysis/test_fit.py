@@ -177,7 +177,9 @@ def test_known_errors_are_weights():
     same = fit(x, y, weights=(10 * error) ** -2)
     assert same.params == pytest.approx(held.params, rel=1e-9)
     assert same.bse == pytest.approx(held.bse, rel=1e-6)
-    assert held.sigma == pytest.approx(0.5, rel=0.9)  # of one standard error
+    assert same.sigma == pytest.approx(held.sigma)
+    one, other = (each.get_prediction([1e13]).summary_frame() for each in (held, same))
+    assert one.to_numpy() == pytest.approx(other.to_numpy(), rel=1e-6)
 
 
 def test_a_pure_power_law_has_no_asymptote():
