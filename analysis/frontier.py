@@ -1,6 +1,6 @@
 """Which rate wins at which compute? Lower envelopes, laws, crossings, best rates, predictions of the next budget.
 
-    python -m analysis.frontier results/digits                      # laws and crossings, as sentences
+    python -m analysis.frontier results/digits                      # laws and crossings, as sentences (and --json OUT)
     python -m analysis.frontier results/digits --predict-largest    # writes prediction.parquet before it has run
     python -m analysis.frontier results/digits --propose            # writes the next grid (analysis.proposal)
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis import prediction, study
+from analysis import prediction, study, table
 from analysis.arms import (
     Arm,
     Envelope,
@@ -37,7 +37,34 @@ from analysis.forms import FORMS
 from analysis.interval import LEVEL, WIDE_RATIO, Interval, short
 from analysis.load import StudyError
 from analysis.refusal import EXIT_REFUSED, Refusal
+from analysis.table import TableError
 from analysis.uncertainty import DRAWS, paired, resample_units
+
+LOWER = ("nll", "two_part", "fid", "kid", "mse", "floor")  # how the names of metrics begin of which lower is better
+LAWS = "the default mode"  # laws and crossings
+ANY = (LAWS, "--gain", "--best-rate", "--propose")
+MODES: Mapping[str, tuple[str, ...]] = {  # the modes that an option belongs to
+    "--metric": ANY,
+    "--sum": ANY,
+    "--models": ANY[:3],
+    "--json": ANY[:3],
+    "--at": ("--gain",),
+    "--narrow": ("--propose",),
+    "--hours": ("--propose",),
+    "--out": ("--propose",),
+}
+
+EXAMPLES = """examples:
+  laws of all rates and where they cross, also as JSON:
+    python -m analysis.frontier results/digits --json frontier.json
+  the compute that other rates save over 16x64, stage 1 shared by eight generators, at a gFID of 2.5:
+    python -m analysis.frontier results/digits --gain 16x64 --at 2.5 --sum total --models 8
+  the best rate at each budget by held-out bits:
+    python -m analysis.frontier results/digits --best-rate --metric nll_bits
+  the next grid, for two device-hours at most:
+    python -m analysis.frontier results/digits --propose --narrow crossing --hours 2
+
+exit code: 0 where there is an answer, 2 for a wrong option or folder, 3 where everything was refused"""
 
 Verdict = Literal["crossing", "no crossing in range", "not identified", "refused"]
 
@@ -255,66 +282,175 @@ def crossings(arms: Sequence[Arm], *, draws: int = DRAWS) -> list[Crossing]:
     return [crossing(arms[i], arms[j], draws=draws) for i, j in sorted(pairs, key=lambda ij: (ij[1] - ij[0], ij))]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=(__doc__ or "").splitlines()[0])
+class Answer(NamedTuple):
+    """What a mode says: lines, their JSON, and why there is no answer at all."""
+
+    lines: list[str]
+    held: dict[str, Any]
+    refused: Refusal | None
+
+
+def _laws(arms: Sequence[Arm], given: argparse.Namespace) -> Answer:
+    """The law of every rate, where they cross, the best rate at each budget (``best``; in the JSON alone)."""
+    lines: list[str] = []
+    made: list[dict[str, Any]] = []
+    reasons: list[Refusal] = []
+    for each in arms:
+        about = {"rate": each.rate, "bits": each.bits}
+        try:
+            found = law(each)
+        except Refusal as refusal:
+            lines.append(f"{each.rate}: no law, {refusal.sentence}")
+            made.append({**about, "refused": refusal.told})
+            reasons.append(refusal)
+            continue
+        lines.append(f"{each.rate}: {found.fit.summary()}")
+        intervals = {name: asdict(ends) for name, ends in found.intervals.items()}
+        shown = {"form": found.fit.form, "params": found.fit.params, "intervals": intervals, "units": found.units}
+        made.append({**about, **shown, "fits": found.misfit.fits, "fit": found.fit.to_dict(), "refused": None})
+    crossed = crossings(arms)
+    lines += [each.sentence() for each in crossed]
+    rates = best(arms)
+    held = {
+        "laws": made,
+        "crossings": [{name: _known(value) for name, value in asdict(each).items()} for each in crossed],
+        "best_rates": [{str(k): _known(v) for k, v in row.items()} for row in rates.to_dict("records")],
+    }
+    answered = len(reasons) < len(arms) or any(each.verdict != "refused" for each in crossed)
+    return Answer(lines, held, None if answered else next(iter(reasons), None))
+
+
+def _gains(arms: Sequence[Arm], given: argparse.Namespace) -> Answer:
+    from analysis import gain, saving  # they build on curves of this module's arms
+
+    found = saving.savings(arms, given.gain, given.at)
+    held = {"baseline": given.gain, "at": given.at, "gains": gain.rows(found, given.gain)}
+    return Answer(gain.sentences(found, given.gain), held, gain.unanswered(found))
+
+
+def _best_rates(arms: Sequence[Arm], given: argparse.Namespace) -> Answer:
+    from analysis import optimum
+
+    found = optimum.rates(arms)
+    rows = [
+        {"budget": budget, "refused": each.told}
+        if isinstance(each, Refusal)
+        else {"budget": budget, **asdict(each), "refused": None}
+        for budget, each in found.items()
+    ]
+    reasons = [each for each in found.values() if isinstance(each, Refusal)]
+    refused = reasons[0] if len(reasons) == len(found) else None
+    return Answer(optimum.sentences(found, arms), {"best_rates": rows}, refused)
+
+
+ANSWERS: Mapping[str, Callable[[Sequence[Arm], argparse.Namespace], Answer]] = {
+    LAWS: _laws,
+    "--gain": _gains,
+    "--best-rate": _best_rates,
+}
+
+
+def _known(value: Any) -> Any:
+    """A value of a table as JSON has it: no number is null."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = table.Command(
+        prog="python -m analysis.frontier",
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("study", help="results folder, for example results/digits")
     parser.add_argument("--metric", help="column of analysis.load.points (default: gFID by the first extractor)")
-    parser.add_argument("--sum", dest="total", choices=("generator", "total", "inference"), default="generator")
-    parser.add_argument("--models", type=int, default=1, help="generators that share stage 1 (--sum total)")
-    parser.add_argument("--predict-largest", action="store_true", help="predict the largest budget from the others")
-    parser.add_argument("--propose", action="store_true", help="the next grid: what narrows an interval most per hour")
-    parser.add_argument("--narrow", choices=("exponent", "asymptote", "crossing", "rate"), default="exponent")
-    parser.add_argument("--hours", type=float, metavar="H", help="what a proposal may cost, in device-hours")
-    parser.add_argument("--out", metavar="FILE", help="where it goes (default: proposal.yaml in the study)")
-    parser.add_argument("--gain", metavar="RATE", help="the compute that each other rate saves over this one")
-    parser.add_argument("--at", type=float, metavar="QUALITY", help="of --gain (default: the best that both reach)")
-    parser.add_argument("--best-rate", action="store_true", help="R* at each budget, with an interval")
-    arguments = parser.parse_args(argv)
+    sums = ("generator", "total", "inference")
+    parser.add_argument("--sum", choices=sums, help="which compute (default: generator)")
+    parser.add_argument("--models", type=int, metavar="N", help="generators that share stage 1 (of --sum total)")
+    parser.add_argument("--json", type=table.writable, metavar="OUT", help="write the answers as JSON")
+    modes = parser.add_argument_group("modes, one at most (default: laws and crossings)").add_mutually_exclusive_group()
+    modes.add_argument("--gain", metavar="RATE", help="the compute that each other rate saves over this one")
+    modes.add_argument("--best-rate", action="store_true", help="R* at each budget, with an interval")
+    modes.add_argument("--propose", action="store_true", help="the next grid: what narrows an interval most per hour")
+    modes.add_argument("--predict-largest", action="store_true", help="predict the largest budget from the others")
+    parser.add_argument("--at", metavar="QUALITY", help="of --gain (default: the best that both reach)")
+    narrow = ("exponent", "asymptote", "crossing", "rate")
+    parser.add_argument("--narrow", choices=narrow, help="of --propose (default: exponent)")
+    parser.add_argument("--hours", type=float, metavar="H", help="of --propose: what it may cost, in device-hours")
+    parser.add_argument("--out", metavar="FILE", help="of --propose (default: proposal.yaml in the study)")
+    return parser
+
+
+def _mode(given: argparse.Namespace) -> str:
+    """The mode asked for. Raises ``TableError`` for an option that it does not have."""
+    asked = {name: getattr(given, name[2:].replace("-", "_")) for name in (*ANY[1:], "--predict-largest")}
+    mode = next((name for name, value in asked.items() if value), LAWS)
+    for name, modes in MODES.items():
+        value = getattr(given, name[2:])
+        if value is not None and mode not in modes:
+            raise TableError(f"{name}: got {value} with {mode}; it belongs to {', '.join(modes)}")
+    if given.models is not None and (given.sum != "total" or given.models < 1):
+        raise TableError(f"--models: got {given.models}; allowed: 1 or more, with --sum total")
+    if mode == "--propose" and given.sum not in (None, "generator"):
+        raise TableError(f"--sum: got {given.sum}; allowed with --propose: generator, as a grid's budgets")
+    if given.at is not None:
+        given.at = table.positive("--at", given.at)
+    return mode
+
+
+def _metric(held: study.Study, given: str | None) -> str:
+    """The metric asked for. Raises ``StudyError`` for one that is not there or of which lower is not better."""
+    lower = [name for name in held.metrics if name.startswith(LOWER)]
+    metric = given or (held.main if held.extractors else "nll_bits")
+    if metric not in lower:
+        why = "it is not known to be better when lower; " if metric in held.metrics else ""
+        raise StudyError(f"{held.folder}: --metric: got {metric!r}; {why}allowed: {', '.join(lower) or 'none yet'}")
+    return metric
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(argv)
+    refused: dict[str, Refusal] = {}
+    about: dict[str, Any] = {"study": given.study}
     try:
-        held = study.read(arguments.study)
-        if arguments.predict_largest:
+        mode = _mode(given)
+        held = study.read(given.study)
+        if given.predict_largest:
             print(prediction.write(held))
             return 0
         for line in held.damaged:
             print(line, file=sys.stderr)
         if held.points.is_empty():
             raise StudyError(f"{held.folder}: no generator to fit yet ({held.progress})")
-        metric = arguments.metric or (held.main if held.extractors else "nll_bits")
-        if metric not in held.metrics:
-            allowed = ", ".join(held.metrics) or "none yet"
-            raise StudyError(f"{held.folder}: metric: got {metric!r}; measured: {allowed}")
+        metric = _metric(held, given.metric)
         if not held.unguided:
             print(f"{held.folder}: no unguided evaluation; these are guided, protocol {held.points['protocol'][0]}")
-        arms, refused = arms_of(held, metric, arguments.total, arguments.models)
-        if arguments.propose:
+        arms, refused = arms_of(held, metric, given.sum or "generator", given.models or 1)
+        about |= {"metric": metric, "sum": given.sum or "generator", "models": given.models}
+        about["left_out"] = [{"rate": rate, "refused": each.told} for rate, each in refused.items()]
+        if mode == "--propose":
             from analysis import proposal  # it builds on this module
 
-            if arguments.total != "generator":
-                raise StudyError(
-                    f"--sum: got {arguments.total}; allowed with --propose: generator, as a grid's budgets"
-                )
-            proposal.propose(held, metric, arms, arguments.narrow, arguments.hours, arguments.out)
+            proposal.propose(held, metric, arms, given.narrow or "exponent", given.hours, given.out)
             return 0
-        if arguments.gain or arguments.best_rate:
-            from analysis import optimum, saving  # they build on this module
-
-            lines = saving.sentences(arms, arguments.gain, arguments.at) if arguments.gain else []
-            print("\n".join(lines + (optimum.sentences(arms) if arguments.best_rate else [])))
-            return 0
-        for each in arms:
-            try:
-                print(law(each).fit.summary())
-            except Refusal as refusal:
-                print(f"{each.rate}: no law, {refusal.sentence}")
-        for line in [found.sentence() for found in crossings(arms)] + [str(refusal) for refusal in refused.values()]:
-            print(line)
-    except StudyError as error:
+        if not arms:
+            raise next(iter(refused.values()))
+        about["axis"] = arms[0].axis
+        answer = ANSWERS[mode](arms, given)
+    except (StudyError, TableError) as error:
         print(error, file=sys.stderr)
         return 2
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        return EXIT_REFUSED
-    return 0
+        answer = Answer([], {}, refusal)
+    lines = [*answer.lines, *(f"{rate}: left out, {each}" for rate, each in refused.items())]
+    if lines:
+        print("\n".join(lines))
+    if answer.refused is not None and not answer.lines:
+        print(answer.refused, file=sys.stderr)
+    if given.json:
+        why = None if answer.refused is None else answer.refused.told
+        table.write_json(given.json, {**about, **answer.held, "refused": why})
+    return 0 if answer.refused is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ is said. Units of compute and of quality change nothing.
 - ``form``: a law of ``FALLING``, or "monotone": isotonic regression, linear in logarithms between its points. Without
   one, the saturating law where both methods follow it (``analysis.curves.misfit``), else monotone. Points that rise
   with compute are said, whatever the form.
-- Over groups (tokenizer seeds, runs) that both methods have, gains are paired: both curves are refitted without the
-  same group. Other groups are left out one at a time in each method and the variances added (Welch and Satterthwaite).
+- Over groups (tokenizer seeds, runs) that both methods have, by their labels, gains are paired: both curves are
+  refitted without the same group. Other groups, and all with ``pair`` "no" (seed 0 of one method is not that of the
+  other), are left out one at a time in each method and the variances added (Welch and Satterthwaite).
   Student-t of ln gain, at each quality by itself. One group in a method is refused. In simulations 93-98 % are covered
   with two to five seeds and with six to twelve runs of one point each; 90 % by interpolation of twelve such runs.
 
@@ -22,9 +23,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -39,14 +40,18 @@ from analysis.interval import LEVEL, Interval, short
 from analysis.laws import EXPONENT, Array
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError
+from analysis.valley import methods as intervals
+from analysis.valley import told
 
 GRID = 81  # qualities of a curve
 FALLING = ("saturating", "power")  # laws whose inverse is known
 TIE = 1e-9  # of a logarithm
 FLAT = 1e-6  # of ln quality over a whole curve: no fall
 WIDE = 1000.0  # a gain known to no better than this factor either way has no interval
+UNKNOWN = f"it is known to no better than a factor of {WIDE:,.0f} either way"
 
 Form = Literal["saturating", "power", "monotone"]
+Pair = Literal["auto", "yes", "no"]
 
 EXAMPLES = """examples:
   three seeds of each method, the gain at the best gFID that both reach, as a figure over gFID:
@@ -66,7 +71,8 @@ class Gain:
 
     ``crosses``: qualities at which the gain is 1; ``meeting``: the compute of the first of them, None where the curves
     do not cross; ``resolved``: somewhere (without a crossing: everywhere) the interval of the gain leaves out 1;
-    ``units``: groups or tokenizer seeds behind the intervals.
+    ``units``: groups or tokenizer seeds behind the intervals; ``pairing``: whether and by what they are paired, in
+    words, empty without groups.
     """
 
     method: str
@@ -85,31 +91,45 @@ class Gain:
     meeting: Interval | None
     resolved: bool
     units: int | None
+    pairing: str
     notes: tuple[str, ...]
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why there is no gain at ``at``; None where there is one."""
+        if self.gain.estimate is not None:
+            return None
+        about = f"{self.method} against {self.baseline}: no gain at {self.metric} {self.at:.5g}"
+        return Refusal("different_points", f"{about}, {self.gain.reason}")
 
     def sentence(self) -> str:
         """The answer in words."""
         head = f"{self.method} against {self.baseline}, {self.metric}"
         if self.gain.estimate is None:
-            told = f"no gain at {short(self.at)}, {self.gain.reason}"
+            answer = f"no gain at {self.at:.5g}, {self.gain.reason}"
         else:
             sure = ""
             if self.gain.low is not None and self.gain.high is not None:
                 sure = "" if not self.gain.low <= 1 <= self.gain.high else ", not told from 1"
             beyond = ", extrapolated" if self.extrapolated else ""
-            told = f"gain {self.gain} in {self.axis} at {short(self.at)}{beyond}{sure}"
-        lines = [f"{head}: {told}"]
+            answer = f"{_known(self.gain, 'gain', 'gain')} in {self.axis} at {self.at:.5g}{beyond}{sure}"
+        lines = [f"{head}: {answer}", *([self.pairing] if self.pairing else [])]
         if self.meeting is not None:
-            lines.append(
-                f"the curves cross at {self.meeting} {self.axis} "
-                f"({self.metric} {', '.join(short(each) for each in self.crosses)})"
-            )
+            at = _known(self.meeting, "the curves cross at", "the curves cross at a compute")
+            lines.append(f"{at} {self.axis} ({self.metric} {', '.join(short(each) for each in self.crosses)})")
         elif self.gain.estimate is not None:
             ahead = self.method if self.curve[-1] > 1 else self.baseline
             sure = "" if self.resolved else ", not resolved everywhere"
             lines.append(f"no crossing in range, {ahead} needs less throughout{sure}")
         lines += self.notes
         return "; ".join(lines)
+
+
+def _known(found: Interval, name: str, unknown: str) -> str:
+    """A number after its name; one that is not known says so first."""
+    if found.reason != UNKNOWN or found.estimate is None:
+        return f"{name} {told(found)}"
+    return f"{unknown} not known to within a factor of {WIDE:,.0f} (estimate {short(found.estimate)})"
 
 
 @dataclass(frozen=True)
@@ -190,6 +210,7 @@ def between(
     metric: str = "y",
     axis: str = "x",
     units: int | None = None,
+    pairing: str = "",
     notes: Sequence[str] = (),
 ) -> Gain:
     """The gain of one method over another. Raises ``Refusal``: constant (a curve that does not fall),
@@ -205,11 +226,11 @@ def between(
         ends.append((float(high), float(low)))
     worst, best = min(high for high, _ in ends), max(low for _, low in ends)
     if not best < worst:
-        told = " and ".join(
+        spans = " and ".join(
             f"{side.name} {short(math.exp(high))} to {short(math.exp(low))}"
             for side, (high, low) in zip((base, method), ends, strict=True)
         )
-        raise Refusal("different_points", f"the curves reach no {metric} that both have: {told}")
+        raise Refusal("different_points", f"the curves reach no {metric} that both have: {spans}")
     place = best if at is None else math.log(at)
     levels = np.append(np.linspace(worst, best, GRID), place)
     reached = [reach(form, side.x[None], side.y[None], levels)[0] for side in (base, method)]
@@ -220,7 +241,7 @@ def between(
     if inside or (extrapolate and form != "monotone"):
         found = _interval(float(log[-1]), half)
     else:
-        reason = f"outside the qualities that both curves reach, {short(math.exp(worst))} to {short(math.exp(best))}"
+        reason = f"outside the qualities that both curves reach, {math.exp(worst):.5g} to {math.exp(best):.5g}"
         found = Interval(None, None, None, LEVEL, half.method, None, reason)
     levels, log, width = levels[:-1], log[:-1], half.width[:-1]
     first, second = (each[:-1] for each in reached)
@@ -243,6 +264,7 @@ def between(
         meeting=_meeting(first, second, turns, half),
         resolved=bool((np.abs(log) > width).any() if len(turns) else (np.abs(log) > width).all()),
         units=units,
+        pairing=pairing,
         notes=tuple(notes),
     )
 
@@ -291,7 +313,7 @@ def half_width(variance: Array, dof: Array, method: str, lost: str, floor: Array
         agree, wide = variance <= TIE**2, width > math.log(WIDE)
     why = {
         "the groups agree to the last digit, which says nothing": agree,
-        f"it is known to no better than a factor of {WIDE:,.0f} either way": wide,
+        UNKNOWN: wide,
         lost: ~np.isfinite(width),
     }
     reason = tuple(next((words for words, holds in why.items() if holds[i]), None) for i in range(len(width)))
@@ -314,14 +336,14 @@ def _left_out(base: Side, method: Side, paired: bool) -> Spread:
             with np.errstate(invalid="ignore"):
                 difference = replicates[0] - replicates[1]
             count = len(difference)
-            told = f"paired delete-one-group jackknife over {count} groups, Student-t"
-            return half_width(_jackknife(difference), np.full(len(levels), count - 1.0), told, reason)
+            how = f"paired delete-one-group jackknife over {count} groups, Student-t"
+            return half_width(_jackknife(difference), np.full(len(levels), count - 1.0), how, reason)
         counts = [len(each) for each in replicates]
         each = np.array([_jackknife(values) for values in replicates])
         with np.errstate(invalid="ignore", divide="ignore"):
             dof = each.sum(0) ** 2 / (each**2 / (np.array(counts)[:, None] - 1)).sum(0)
-        told = f"delete-one-group jackknife over {counts[0]} and {counts[1]} groups, Welch"
-        return half_width(each.sum(0), dof, told, reason)
+        how = f"delete-one-group jackknife over {counts[0]} and {counts[1]} groups, Welch"
+        return half_width(each.sum(0), dof, how, reason)
 
     return spread
 
@@ -344,10 +366,13 @@ def gains(
     extrapolate: bool = False,
     metric: str = "y",
     axis: str = "x",
+    group: str = "group",
+    pair: Pair = "auto",
 ) -> dict[str, Gain | Refusal]:
     """The gain of every other method over ``baseline``, from compute x [n] and a metric y [n] that falls with it.
 
-    ``groups`` [n]: what is independent. ``at``: the stated quality. Raises ``TableError`` for a baseline that is not
+    ``groups`` [n]: what is independent, ``group`` its name. ``pair``: by equal labels where two are shared ("auto"), or
+    else refused ("yes"), or never ("no"). ``at``: the stated quality. Raises ``TableError`` for a baseline that is not
     there, ``Refusal`` (not_finite, non_positive) for values that no curve can have.
     """
     flops, level, labels = np.asarray(x, np.float64), np.asarray(y, np.float64), np.asarray(methods)
@@ -373,16 +398,26 @@ def gains(
         if name == baseline:
             continue
         try:
-            found[name] = _pair(sides[baseline], sides[name], form, at, extrapolate, metric, axis)
+            asked = _Asked(form, at, extrapolate, metric, axis, group, pair)
+            found[name] = _pair(sides[baseline], sides[name], asked)
         except Refusal as refusal:
             found[name] = refusal
     return found
 
 
-def _pair(
-    base: Side, method: Side, form: Form | None, at: float | None, extrapolate: bool, metric: str, axis: str
-) -> Gain:
+class _Asked(NamedTuple):
+    form: Form | None
+    at: float | None
+    extrapolate: bool
+    metric: str
+    axis: str
+    group: str
+    pair: Pair
+
+
+def _pair(base: Side, method: Side, asked: _Asked) -> Gain:
     notes: list[str] = []
+    pairing = ""
     units: int | None = None
     spread: Spread = _ungrouped
     if base.groups is not None and method.groups is not None:
@@ -391,20 +426,23 @@ def _pair(
             if len(own) < 2:
                 raise Refusal("one_upstream_seed", f"{side.name} has one group ({own.pop()}); an interval needs two")
         shared = first & second
-        paired = len(shared) > 1
+        paired = asked.pair != "no" and len(shared) > 1
+        if asked.pair == "yes" and not paired:
+            raise Refusal("different_points", f"{base.name} and {method.name} share no two groups of {asked.group}")
+        pairing = f"paired by {asked.group}" if paired else f"not paired by {asked.group}"
         if paired and (lost := sorted(first ^ second)):
             base, method = base.only(shared), method.only(shared)
             notes.append(f"groups that one of the two lacks left out: {', '.join(lost)}")
         spread, units = _left_out(base, method, paired), min(len(set(s.groups or ())) for s in (base, method))
-    chosen = form or ("saturating" if all(_saturates(side) for side in (base, method)) else "monotone")
+    chosen = asked.form or ("saturating" if all(_saturates(side) for side in (base, method)) else "monotone")
     for side in (base, method):
         if len(np.unique(side.x)) < 2:
-            raise Refusal("too_few", f"{side.name}: one {axis}; a curve needs two")
+            raise Refusal("too_few", f"{side.name}: one {asked.axis}; a curve needs two")
         if chosen in FALLING:
             fit(np.exp(side.x), np.exp(side.y), chosen)  # refuses what no law can be fitted to
         notes += rises(side.name, side.x, side.y, side.groups, chosen)
-    about = {"metric": metric, "axis": axis}
-    return between(base, method, chosen, spread, at=at, extrapolate=extrapolate, units=units, notes=notes, **about)
+    about: dict[str, Any] = {name: getattr(asked, name) for name in ("at", "extrapolate", "metric", "axis")}
+    return between(base, method, chosen, spread, units=units, pairing=pairing, notes=notes, **about)
 
 
 def _saturates(side: Side) -> bool:
@@ -428,6 +466,34 @@ def rises(name: str, x: Array, y: Array, groups: Sequence[str] | None, form: str
     return [f"{name} is not monotone: it rises at {int((steps > 0).sum())} of {len(steps)} steps, {how}"]
 
 
+def unanswered(found: Mapping[str, Gain | Refusal]) -> Refusal | None:
+    """Why there is no gain at all: the first reason; None where one could be given."""
+    reasons = [each if isinstance(each, Refusal) else each.refusal for each in found.values()]
+    return reasons[0] if all(reasons) else None
+
+
+def sentences(found: Mapping[str, Gain | Refusal], baseline: str) -> list[str]:
+    """Every gain in words, then the level and the method of their intervals."""
+    made = [
+        f"{name} against {baseline}: refused ({each.code}), {each.sentence}"
+        if isinstance(each, Refusal)
+        else each.sentence()
+        for name, each in found.items()
+    ]
+    return made + intervals([each.gain for each in found.values() if isinstance(each, Gain)])
+
+
+def rows(found: Mapping[str, Gain | Refusal], baseline: str) -> list[dict[str, Any]]:
+    """Every gain as JSON holds it; ``refused`` says why there is none."""
+    made: list[dict[str, Any]] = []
+    for name, each in found.items():
+        if isinstance(each, Refusal):
+            made.append({"method": name, "baseline": baseline, "refused": each.told})
+        else:
+            made.append({**asdict(each), "refused": None if each.refusal is None else each.refusal.told})
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = table.parser("analysis.gain", (__doc__ or "").splitlines()[0], EXAMPLES, "a metric at one compute")
     parser.add_argument("--x", required=True, metavar="COL", help="compute, by the sum that is meant")
@@ -437,16 +503,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--at", type=float, metavar="QUALITY", help="default: the best that both curves reach")
     parser.add_argument("--group", metavar="COL", help="what is independent: a tokenizer seed, a run")
     parser.add_argument(
+        "--pair",
+        choices=get_args(Pair),
+        help="groups of one label in both methods are one (default: auto, where shared)",
+    )
+    parser.add_argument(
         "--form", choices=(*FALLING, "monotone"), help="default: saturating where it fits, else monotone"
     )
     parser.add_argument("--extrapolate", action="store_true", help="follow the laws to an --at beyond the points")
     parser.add_argument("--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ")
-    parser.add_argument("--figure", metavar="OUT", help="gains over quality with bands, as PNG, SVG or PDF")
+    parser.add_argument(
+        "--figure", type=table.writable, metavar="OUT", help="gains over quality with bands, as PNG, SVG or PDF"
+    )
     given = parser.parse_args(argv)
     about = {name: getattr(given, name) for name in ("file", "where", "derive", "x", "y", "by", "baseline", "group")}
     try:
         if given.at is not None and not 0 < given.at < math.inf:
             raise TableError(f"--at: got {given.at:g}; allowed: a number above 0")
+        if given.pair and given.group is None:
+            raise TableError(f"--pair: got {given.pair}; it needs --group COL")
         frame = table.selected(given)
         table.alike(frame, given.protocol)
         found = gains(
@@ -460,12 +535,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             extrapolate=given.extrapolate,
             metric=given.y,
             axis=given.x,
+            group=given.group or "",
+            pair=given.pair or "auto",
         )
-        shown = [each for each in found.values() if isinstance(each, Gain)]
-        if given.figure and shown:
+        refused = unanswered(found)
+        if given.figure and refused is None:
             from analysis import ratio  # matplotlib is slow to import
 
-            ratio.write(shown, given.figure)
+            ratio.write([each for each in found.values() if isinstance(each, Gain)], given.figure)
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
@@ -474,17 +551,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.json:
             table.write_json(given.json, {**about, "refused": refusal.told, "gains": []})
         return EXIT_REFUSED
-    rows: list[dict[str, Any]] = []
-    for name, each in found.items():
-        if isinstance(each, Refusal):
-            print(f"{name} against {given.baseline}: {each}")
-            rows.append({"method": name, "baseline": given.baseline, "refused": each.told})
-        else:
-            print(each.sentence())
-            rows.append({**asdict(each), "refused": None})
+    print("\n".join(sentences(found, given.baseline)))
     if given.json:
-        table.write_json(given.json, {**about, "refused": None, "gains": rows})
-    return 0 if shown else EXIT_REFUSED
+        why = None if refused is None else refused.told
+        table.write_json(
+            given.json, {**about, "pair": given.pair, "refused": why, "gains": rows(found, given.baseline)}
+        )
+    return 0 if refused is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,17 +29,19 @@ from numpy.typing import ArrayLike
 from analysis import table
 from analysis.interval import Interval, short, student
 from analysis.laws import Array
-from analysis.refusal import EXIT_REFUSED, Refusal
+from analysis.refusal import CODES, EXIT_REFUSED, Refusal
 from analysis.table import TableError
-from analysis.valley import FLAGS, Residuals, Valley, exponential, valley, vertex
+from analysis.valley import FLAGS, LEAST, Residuals, Valley, exponential, methods, told, valley, vertex
 
 LEAST_BUDGETS = 4  # for a law over budgets
 MISSED = 0.01  # share by which a run's compute may miss its budget
 PER_TOKEN = 6.0  # training FLOPs per parameter and token: C = 6 N D
+NAMED = 5  # refused budgets that a text names, others are counted
+WHY = CODES | {"too_few": f"fewer than {LEAST} sizes"}
 
 EXAMPLES = """examples:
   loss of runs planned at five budgets; tokens are taken to be C / (6 N):
-    python -m analysis.isoflop runs.csv --size params --budget target_flops --y loss
+    python -m analysis.isoflop runs.csv --size params --budget target_flops --y loss --figure isoflop.png
   tokens and compute as they came out, three seeds each, and the sizes to expect at two larger budgets:
     python -m analysis.isoflop runs.parquet --size params_core --budget flops_target --y nll_bits --data tokens_seen \\
       --spent flops_to_point --group generator_seed --at 1e21,1e22
@@ -103,6 +106,27 @@ class Isoflop:
     refused: Mapping[float, Refusal]
     size: Trend | Refusal
     data: Trend | Refusal
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why there is nothing at all, in one sentence; None where a budget has an optimum."""
+        if self.budgets:
+            return None
+        if len(self.refused) == 1:
+            return next(iter(self.refused.values()))
+        codes = Counter(why.code for why in self.refused.values())
+        if set(codes) == {"too_few"}:
+            sentence = f"{len(self.refused)} budgets, none with {LEAST} sizes"
+            return Refusal("too_few", f"{sentence}; --budget must be the planned budget, the same for all its runs")
+        return Refusal(
+            codes.most_common(1)[0][0], f"none of {len(self.refused)} budgets has an optimum: {self.counted}"
+        )
+
+    @property
+    def counted(self) -> str:
+        """Refused budgets by reason."""
+        codes = Counter(why.code for why in self.refused.values())
+        return "; ".join(f"{count} x {WHY[code]} ({code})" for code, count in codes.most_common())
 
 
 def trend(quantity: str, budgets: Sequence[float], best: Sequence[float], without: Array | None = None) -> Trend:
@@ -232,24 +256,30 @@ def _along(line: Array, best: Interval) -> Interval:
 
 
 def text(found: Isoflop, at: Sequence[float] = ()) -> str:
-    """One line per budget, then the laws, and what they say of the budgets ``at``."""
-    lines = {budget: f"refused ({why.code}): {why.sentence}" for budget, why in found.refused.items()}
+    """One line per budget, then the laws, and what they say of the budgets ``at``; of many refused the first few."""
+    some = sorted(found.refused)[:NAMED]
+    lines = {budget: f"refused ({(why := found.refused[budget]).code}): {why.sentence}" for budget in some}
     for each in found.budgets:
         sizes = each.sizes
         groups = "" if sizes.n_groups is None else f" in {sizes.n_groups} groups"
-        told = f"C = {short(each.budget)}: N* = {sizes.best}, D* = {each.data}, value {sizes.value}, n = {sizes.n}"
-        lines[each.budget] = "; ".join([told + groups, *each.notes()])
+        best = f"N* = {told(sizes.best)}, D* = {told(each.data)}, value {told(sizes.value)}, n = {sizes.n}"
+        lines[each.budget] = "; ".join([f"C = {short(each.budget)}: {best}{groups}", *each.notes()])
     said = [lines[budget] for budget in sorted(lines)]
+    if not found.budgets:
+        return "\n".join(said)
+    if len(found.refused) > NAMED:
+        total = len(found.refused) + len(found.budgets)
+        said.append(f"refused {len(found.refused)} of {total} budgets: {found.counted}; the first {NAMED} are above")
     for law in (found.size, found.data):
         if isinstance(law, Refusal):
             said.append(f"refused ({law.code}): {law.sentence}")
             continue
-        line = f"{law.quantity} = {law.level} x (C / {short(law.pivot)})^{law.exponent}"
+        line = f"{law.quantity} = {told(law.level)} x (C / {short(law.pivot)})^{told(law.exponent)}"
         said.append(f"{line}; {len(law.budgets)} budgets, {law.exponent.method}")
         for budget in at:
             beyond = " (extrapolated)" if law.extrapolated(budget) else ""
-            said.append(f"  {law.quantity} at {short(budget)}: {law.at(budget)}{beyond}")
-    return "\n".join(said)
+            said.append(f"  {law.quantity} at {short(budget)}: {told(law.at(budget))}{beyond}")
+    return "\n".join(said + methods([each.sizes.best for each in found.budgets]))
 
 
 def contents(found: Isoflop, at: Sequence[float] = ()) -> dict[str, Any]:
@@ -278,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-token", default=PER_TOKEN, metavar="K", help="k of C = k N D (default: 6)")
     parser.add_argument("--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ")
     parser.add_argument("--at", type=table.listed, default=[], metavar="C[,C]", help="budgets to say N* and D* for")
+    parser.add_argument("--figure", type=table.writable, metavar="OUT", help="parabolas and N*(C) as PNG, SVG or PDF")
     given = parser.parse_args(argv)
     about = {name: getattr(given, name) for name in ("file", "where", "derive", "residuals")}
     try:
@@ -292,6 +323,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         groups = None if given.group is None else table.labels(frame, [given.group], "--group")
         found = isoflop(**columns, groups=groups, residuals=given.residuals, per_token=per_token)
+        if given.figure and found.budgets:
+            from analysis import parabola  # matplotlib is slow to import
+
+            points = parabola.Points(*(columns[name] for name in ("size", "budget", "y")))
+            parabola.write(found, points, given.figure, size=given.size, metric=given.y, residuals=given.residuals)
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
@@ -300,10 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.json:
             table.write_json(given.json, {**about, "refused": refusal.told})
         return EXIT_REFUSED
-    print(text(found, at))
+    why = found.refusal
+    if why is None or why.code != "too_few":
+        print(text(found, at))
+    if why is not None:
+        print(why, file=sys.stderr)
     if given.json:
-        table.write_json(given.json, {**about, "per_token": per_token, **contents(found, at), "refused": None})
-    return 0 if found.budgets else EXIT_REFUSED
+        told_why = None if why is None else why.told
+        table.write_json(given.json, {**about, "per_token": per_token, **contents(found, at), "refused": told_why})
+    return 0 if why is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -139,23 +139,29 @@ class Question:
 
 
 def question(found: Fit, given: Mapping[str, float], per_token: float) -> Question:
-    """What is asked of a fitted surface. Raises ``TableError`` where the law or what is given makes no question."""
-    if found.form not in SURFACES:
-        raise TableError(f"--law: got {found.form!r}; laws with an optimum: {', '.join(SURFACES)}")
+    """What is asked of a fitted surface. Raises as ``check``."""
+    check(found.form, given, per_token)
+    return Question(FORMS[found.form], np.asarray(found.pivots), found.scale, given, per_token)
+
+
+def check(form: str, given: Mapping[str, float], per_token: float) -> None:
+    """Raises ``TableError`` where the law or what is given makes no question, ``Refusal`` (no_interior_minimum) for one
+    that has no answer in this law; needs no fit."""
+    if form not in SURFACES:
+        raise TableError(f"--law: got {form!r}; laws with an optimum: {', '.join(SURFACES)}")
     if not (math.isfinite(per_token) and per_token > 0):
         raise TableError(f"--per-token: got {per_token:g}; allowed: a number above 0")
-    law = FORMS[found.form]
-    names = law.inputs
+    names = FORMS[form].inputs
     allowed = [*names, *(["C"] if "C" not in names else [])]
     told = ", ".join(f"{name}={value:g}" for name, value in given.items()) or "nothing"
     for name, value in given.items():
         if name not in allowed:
-            raise TableError(f"--at: got {name!r}; inputs of {found.form}: {', '.join(allowed)}")
+            raise TableError(f"--at: got {name!r}; inputs of {form}: {', '.join(allowed)}")
         if not (math.isfinite(value) and value > 0):
             raise TableError(f"--at: got {name}={value:g}; allowed: a number above 0")
     data = next((name for name in ("D", "M") if name in names), None)
     if "C" not in given and (data is None or not {"N", data} <= set(given)):
-        raise TableError(f"--at: got {told}; {found.form} needs C{'' if data is None else f', or N and {data}'}")
+        raise TableError(f"--at: got {told}; {form} needs C{'' if data is None else f', or N and {data}'}")
     if data is not None and {"C", data} <= set(given):
         raise TableError(f"--at: got {told}; {data} follows from C and N")
     rates = [name for name in names if name in RATES and name not in given]
@@ -163,10 +169,9 @@ def question(found: Fit, given: Mapping[str, float], per_token: float) -> Questi
         raise Refusal(
             "no_interior_minimum", f"a law in powers of {' and '.join(rates)} has no optimum in both: give one"
         )
-    made = Question(law, np.asarray(found.pivots), found.scale, given, per_token)
-    if made.rate is None and not made.sized:
+    asked = Question(FORMS[form], np.ones(len(names)), 1.0, given, per_token)
+    if asked.rate is None and not asked.sized:
         raise TableError(f"--at: got {told}; nothing is left to choose")
-    return made
 
 
 def bottom(log: Array, exponent: Array) -> Array:

@@ -17,6 +17,8 @@ do. N and D may be extrapolated; ``beyond`` names what lies outside the points.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +35,11 @@ from analysis.covariance import Covariance
 from analysis.interval import LEVEL, Interval, short
 from analysis.isoflop import PER_TOKEN
 from analysis.laws import Array
-from analysis.lowest import Question, question
+from analysis.lowest import SURFACES, Question, check, question
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.result import Fit
 from analysis.table import TableError
-from analysis.valley import FLAGS, LEAST, Valley, distinct, exponential, valley
+from analysis.valley import FLAGS, LEAST, Valley, distinct, exponential, methods, told, valley
 
 DRAWS = 4000
 STEP = 1e-3  # of ln C, for exponents; of a scaled parameter, for degrees of freedom
@@ -285,32 +287,39 @@ def rates(arms: Sequence[Arm]) -> dict[float, Valley | Refusal]:
                 found[budget] = valley(bits, metric, groups=seeds, residuals="log", where=where, what="rates")
             except Refusal as refusal:
                 found[budget] = refusal
+    if not found:
+        raise Refusal("too_few", "the rates share no budget at which all of them were measured")
     return found
 
 
-def sentences(arms: Sequence[Arm]) -> list[str]:
-    """The best rate at each budget among separately measured ones, in words. Raises ``Refusal`` as ``rates``."""
-    made = []
-    for budget, found in rates(arms).items():
-        if isinstance(found, Refusal):
-            made.append(f"R*: refused ({found.code}), {found.sentence}")
+def sentences(found: Mapping[float, Valley | Refusal], arms: Sequence[Arm]) -> list[str]:
+    """The answers of ``rates`` in words."""
+    made, known = [], []
+    for budget, each in found.items():
+        if isinstance(each, Refusal):
+            made.append(f"R*: refused ({each.code}), {each.sentence}")
             continue
-        what = f"R* at {short(budget)} {arms[0].axis}: {found.best} bits, {words(arms[0].metric)} {found.value}"
-        made.append("; ".join([what, *(FLAGS[flag] for flag in found.flags if flag != "flat")]))
-    return made
+        known.append(each.best)
+        what = (
+            f"R* at {short(budget)} {arms[0].axis}: {told(each.best)} bits, {words(arms[0].metric)} {told(each.value)}"
+        )
+        made.append("; ".join([what, *(FLAGS[flag] for flag in each.flags if flag != "flat")]))
+    return made + methods(known)
 
 
 def text(found: Optimum) -> str:
     """What was chosen, in lines."""
     where = ", ".join(f"{name} = {short(value)}" for name, value in found.given.items())
-    lines = [f"best at {where}: metric {found.value}"]
+    lines = [f"best at {where}: metric {told(found.value)}"]
     for name, each in found.best.items():
         one = each.low if each.high is None else each.high if each.low is None else None
         side = "" if one is None else f" [{'above' if each.high is None else 'below'} {short(one)}]"
-        power = f", as C^{found.exponents[name]}" if name in found.exponents else ""
-        lines.append(f"  {name}* = {each}{side}{power}")
+        power = f", as C^{told(found.exponents[name])}" if name in found.exponents else ""
+        lines.append(f"  {name}* = {told(each)}{side}{power}")
+    lines += [f"  {line}" for line in methods([found.value, *found.best.values()])]
     if found.edge_share is not None:
-        lines.append(f"  in {found.edge_share:.1%} of draws the best rate is at an edge of the fit")
+        share = "under 1%" if 0 < found.edge_share < 0.005 else f"{found.edge_share:.0%}"
+        lines.append(f"  in {share} of draws the best rate is at an edge of the fit")
     if found.beyond:
         lines.append(f"  extrapolated: {', '.join(found.beyond)} outside the points")
     return "\n".join(lines)
@@ -318,19 +327,27 @@ def text(found: Optimum) -> str:
 
 def _given(text: str) -> dict[str, float]:
     """``"C=1e21,R=96"``. Raises ``TableError``."""
+    parts = [part.partition("=") for part in text.split(",")]
     try:
-        return {name.strip(): float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+        found = {name.strip(): float(value) for name, _, value in parts}
     except ValueError:
         raise TableError(f'--at: got {text!r}; write "NAME=VALUE[,NAME=VALUE]", for example C=1e21,R=96') from None
+    if len(found) < len(parts):
+        raise TableError(f"--at: got {text!r}; every name once")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = asked.parser()
-    parser.prog, parser.description, parser.epilog = (
-        "python -m analysis.optimum",
-        (__doc__ or "").splitlines()[0],
-        EXAMPLES,
+    parser = table.Command(
+        prog="python -m analysis.optimum",
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[asked.parser()],
+        conflict_handler="resolve",  # a surface has to be named, and its figure is that of analysis.fit
     )
+    parser.add_argument("--law", required=True, choices=SURFACES, metavar="LAW", help=f"one of {', '.join(SURFACES)}")
+    parser.add_argument("--figure", help=argparse.SUPPRESS)
     parser.add_argument("--at", action="append", required=True, metavar="NAME=V[,...]", help="what is given, as C=1e21")
     parser.add_argument("--per-token", type=float, default=PER_TOKEN, metavar="K", help="k of C = k N D (default: 6)")
     given = parser.parse_args(argv)
@@ -341,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.figure:
             raise TableError(f"--figure: got {given.figure!r}; python -m analysis.fit draws the law")
         places = [_given(each) for each in given.at]
+        for place in places:
+            with contextlib.suppress(Refusal):  # of one place: said beside the answers of others
+                check(given.law, place, given.per_token)
         held = asked.answer(given)
         print(asked.text(held))
         for place in places:
@@ -357,9 +377,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         refused = refusal
+    answered = any(row["refused"] is None for row in rows)
     if given.json:
-        table.write_json(given.json, {**asked.record(given, held, refused), "optima": rows})
-    return 0 if any(row["refused"] is None for row in rows) else EXIT_REFUSED
+        said = asked.record(given, held, refused) | {"optima": rows}
+        if rows and not answered:
+            said["refused"] = rows[0]["refused"]
+        table.write_json(given.json, said)
+    return 0 if answered else EXIT_REFUSED
 
 
 if __name__ == "__main__":

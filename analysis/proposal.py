@@ -216,7 +216,7 @@ def _told(
         lines.append(f"{held.progress}; the others count as if they were there.")
     if aim.first:
         lines.append(f"One more {aim.first[0]} comes first: {aim.first[1]}.")
-    head = ("addition", "runs", f"{before.device}-hours", "expected", "narrower by", f"per {before.device}-hour")
+    head = ("addition", "runs", f"{before.device}-hours", "expected", "narrower by")
     rows = [head, *(_row(each, aim, width) for each in added)]
     sizes = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for row in rows:
@@ -232,9 +232,7 @@ def _row(each: Addition, aim: Target, width: float | None) -> tuple[str, ...]:
     low, high = (short(hours) for hours in each.hours)
     price = low if low == high else f"{low}–{high}"
     expected = "no interval" if each.width is None else aim.say(each.width)
-    gains = (
-        ("", "") if width is None or each.width is None else (f"{each.shrinkage:.1%}", f"{short(100 * each.rate)} %")
-    )
+    gains = ("" if width is None or each.width is None else f"{each.shrinkage:.0%}",)  # in the order of gain per hour
     return (each.draft.words, f"{each.rows:+d}", price + (" (too dear)" if each.refused else ""), expected, *gains)
 
 

@@ -70,6 +70,7 @@ def saving(
         metric=words(base.metric),
         axis=base.axis,
         units=len(base.seeds),
+        pairing="paired by tokenizer seed",
         notes=notes,
     )
 
@@ -122,16 +123,21 @@ def _given(base: Arm, method: Arm, form: str, levels: Array) -> Array:
     return np.asarray(np.where(total > 0, stats.t.ppf(0.5 + LEVEL / 2, np.maximum(dof, 1.0)) * np.sqrt(total), 0.0))
 
 
-def sentences(arms: Sequence[Arm], baseline: str, at: float | None = None) -> list[str]:
-    """The gain of every other rate over one, in words. Raises ``StudyError`` for a baseline that is no rate."""
+def savings(arms: Sequence[Arm], baseline: str, at: float | None = None) -> dict[str, Gain | Refusal]:
+    """The gain of every other rate over one.
+
+    Raises ``StudyError`` for a baseline that is no rate, ``Refusal`` (too_few) where there is no other.
+    """
     base = next((each for each in arms if each.rate == baseline), None)
     if base is None:
         raise StudyError(f"--gain: got {baseline!r}; rates: {', '.join(each.rate for each in arms) or 'none'}")
-    made = []
+    if len(arms) < 2:
+        raise Refusal("too_few", f"{baseline} is the only rate; a gain needs another")
+    found: dict[str, Gain | Refusal] = {}
     for each in arms:
         if each is not base:
             try:
-                made.append(saving(base, each, at=at).sentence())
+                found[each.rate] = saving(base, each, at=at)
             except Refusal as refusal:
-                made.append(f"{each.rate} against {baseline}: refused ({refusal.code}), {refusal.sentence}")
-    return made
+                found[each.rate] = refusal
+    return found

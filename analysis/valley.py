@@ -69,6 +69,29 @@ class _Known(NamedTuple):
     reason: str | None = None
 
 
+def told(found: Interval) -> str:
+    """An interval in words, with the digits that show how wide it is: 3.0124 [3.0119, 3.0129]."""
+    if found.estimate is None or found.low is None or found.high is None or not found.low < found.high:
+        return str(found)
+    last = math.floor(math.log10(found.high - found.low)) - 1  # place of the second digit of its width
+
+    def written(value: float) -> str:
+        digits = 0 if value == 0 else math.floor(math.log10(abs(value))) - last + 1
+        if digits <= 3 or digits > 15:
+            return short(value)
+        if 1000 <= abs(value) < 1e6:
+            return f"{value:,.{max(-last, 0)}f}"
+        return f"{value:.{digits}g}".replace("e+0", "e").replace("e+", "e")
+
+    return f"{written(found.estimate)} [{written(found.low)}, {written(found.high)}]"
+
+
+def methods(found: Sequence[Interval]) -> list[str]:
+    """The line that says level and method of the intervals of a text, or none where there is no interval."""
+    made = dict.fromkeys(each.method for each in found if each.low is not None or each.high is not None)
+    return [f"{LEVEL:.0%} intervals: {'; '.join(made)}".replace("%", " %")] if made else []
+
+
 def exponential(found: Interval) -> Interval:
     """An interval of a logarithm as one of the quantity."""
     estimate, low, high = (None if end is None else math.exp(end) for end in (found.estimate, found.low, found.high))
@@ -118,7 +141,7 @@ def valley(
     place = distinct(u)
     count = len(np.unique(place))
     if count < LEAST:
-        raise Refusal("too_few", f"{where}{count} {what}; {LEAST} are needed")
+        raise Refusal("too_few", f"{where}{count} {what.removesuffix('s') if count == 1 else what}; {LEAST} are needed")
     lowest = int((np.bincount(place, level) / np.bincount(place)).argmin())
     low, high, middle = float(u.min()), float(u.max()), float(u.mean())
     tried = f"{what} tried ({short(math.exp(low))} to {short(math.exp(high))})"

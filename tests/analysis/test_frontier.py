@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -476,6 +478,83 @@ def test_the_command_answers_in_sentences(digits, tmp_path, capsys):
     assert "no plan.parquet" in capsys.readouterr().err
 
 
+REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "digits"
+
+
+def test_laws_come_with_their_rates_and_as_json(digits, tmp_path, capsys):
+    out = tmp_path / "frontier.json"
+    assert frontier.main([str(digits), "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    for rate in ("4x64", "16x64", "16x256"):
+        assert f"\n{rate}: fid_digits_supervised: y = E + A x^-a" in f"\n{said}"
+    held = json.loads(out.read_text())
+    assert held["refused"] is None
+    assert held["metric"] == FID
+    assert [row["rate"] for row in held["laws"]] == ["4x64", "16x64", "16x256"]
+    found = law(read(digits)[1][0])
+    assert held["laws"][0]["params"] == found.fit.params
+    assert held["laws"][0]["intervals"]["a"]["low"] == found.intervals["a"].low
+    assert {(row["first"], row["second"]) for row in held["crossings"]} == {
+        ("4x64", "16x64"),
+        ("16x64", "16x256"),
+        ("4x64", "16x256"),
+    }
+    assert len(held["best_rates"]) == 5
+    assert held["best_rates"][0]["rate"] == "4x64"
+
+
+def test_nothing_fitted_is_a_refusal(make_study, tmp_path, capsys):
+    out = tmp_path / "frontier.json"
+    assert frontier.main([str(make_study(budgets=(1e10,), seeds=(0,))), "--json", str(out)]) == 3
+    assert "no law" in capsys.readouterr().out
+    held = json.loads(out.read_text())
+    assert held["refused"] == held["laws"][0]["refused"]
+    assert held["crossings"][0]["verdict"] == "refused"
+    assert held["crossings"][0]["low_end"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--at 3", "--at: got 3 with the default mode; it belongs to --gain"),
+        ("--best-rate --at 3", "--at: got 3 with --best-rate; it belongs to --gain"),
+        ("--narrow rate", "--narrow: got rate with the default mode; it belongs to --propose"),
+        ("--gain 16x64 --hours 2", "--hours: got 2.0 with --gain; it belongs to --propose"),
+        ("--predict-largest --out x", "--out: got x with --predict-largest; it belongs to --propose"),
+        ("--predict-largest --metric nll_bits", "it belongs to the default mode, --gain, --best-rate, --propose"),
+        ("--propose --json x", "--json: got x with --propose; it belongs to the default mode, --gain, --best-rate"),
+        ("--models 8", "--models: got 8; allowed: 1 or more, with --sum total"),
+        ("--sum total --models 0", "--models: got 0; allowed: 1 or more"),
+        ("--gain 16x64 --at -1", "--at: got '-1'; allowed: a number above 0"),
+        (
+            "--best-rate --metric precision_digits_supervised",
+            "it is not known to be better when lower; allowed: nll_bits",
+        ),
+    ],
+    ids=lambda value: value if value.startswith("--") and ":" not in value else "",
+)
+def test_an_option_without_its_mode_is_one_line(capsys, options, said):
+    assert frontier.main([str(REFERENCE), *options.split()]) == 2
+    written = capsys.readouterr()
+    assert said in written.err
+    assert len(written.err.splitlines()) == 1
+    assert written.out == ""
+
+
+@pytest.mark.parametrize("other", ["--propose", "--best-rate", "--gain=16x64"])
+def test_two_modes_are_one_line(capsys, other):
+    with pytest.raises(SystemExit) as stop:
+        frontier.main([str(REFERENCE), "--predict-largest", other])
+    assert stop.value.code == 2
+    assert f"argument {other.split('=')[0]}: not allowed with argument --predict-largest" in capsys.readouterr().err
+
+
+def test_help_has_examples_and_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        frontier.main(["--help"])
+    assert frontier.EXAMPLES in capsys.readouterr().out
+
+
 def test_arms_of_a_study_report_refusals(digits):
     held = study.read(digits)
     assert held.extractors == ("digits_supervised", "digits_contrastive")
@@ -499,7 +578,7 @@ def rewrite(folder, *changes, table="curves"):
 def test_an_unknown_metric_is_one_line(digits, capsys):
     assert frontier.main([str(digits), "--metric", "gfid"]) == 2
     said = capsys.readouterr().err
-    assert "metric: got 'gfid'; measured: nll_bits, nll_bits_train, fid_digits_supervised" in said
+    assert "--metric: got 'gfid'; allowed: nll_bits, nll_bits_train, fid_digits_supervised" in said
     assert len(said.splitlines()) == 1
     assert "guidance," not in said
 

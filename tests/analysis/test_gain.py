@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from analysis import frontier
 from analysis.arms import Arm
-from analysis.gain import gains, main, reach
+from analysis.gain import gains, main, reach, sentences, unanswered
+from analysis.interval import Interval
 from analysis.refusal import Refusal
-from analysis.saving import saving, sentences
+from analysis.saving import saving, savings
 from analysis.table import TableError
+from analysis.valley import told
 
 FLOPS = np.geomspace(1e16, 1e19, 7)
 SAVES = 1.7
@@ -370,7 +372,11 @@ def test_two_rates_of_a_study():
     others = replace(better, sizes=("another",))
     with pytest.raises(Refusal, match="share no two tokenizer seeds"):
         saving(plain, others)
-    assert "refused (different_points)" in sentences([plain, others], "plain")[0]
+    none = savings([plain, others], "plain")
+    assert "better against plain: refused (different_points)" in sentences(none, "plain")[0]
+    assert unanswered(none).code == "different_points"
+    with pytest.raises(Refusal, match="plain is the only rate"):
+        savings([plain], "plain")
 
 
 def test_a_study_says_its_gains(make_study, rate, capsys):
@@ -386,6 +392,64 @@ def test_a_study_says_its_gains(make_study, rate, capsys):
     assert "--gain: got '8x8'; rates: 4x64, 16x64" in capsys.readouterr().err
     assert frontier.main([folder, "--best-rate"]) == 3
     assert "2 rates; the best one needs 5" in capsys.readouterr().err
+
+
+def test_a_study_without_an_answer_says_so(make_study, rate, tmp_path, capsys):
+    pair = rate(4, 64, 3.0, 14.0, 0.6, 2.0), rate(16, 64, 3.0, 9.0, 0.6, 2.0)
+    folder = str(make_study(rates=pair, seeds=(0, 1, 2), tokenizer_sd=0.01, noise_sd=0.003))
+    out = tmp_path / "frontier.json"
+    assert frontier.main([folder, "--gain", "4x64", "--at", "0.01", "--json", str(out)]) == 3
+    assert "no gain at 0.01, outside the qualities" in capsys.readouterr().out
+    held = json.loads(out.read_text())
+    assert held["refused"] == held["gains"][0]["refused"]
+    assert held["refused"]["code"] == "different_points"
+    assert frontier.main([folder, "--gain", "4x64", "--json", str(out)]) == 0
+    held = json.loads(out.read_text())
+    assert held["refused"] is held["gains"][0]["refused"] is None
+    assert "paired by tokenizer seed" in capsys.readouterr().out
+    assert frontier.main([folder, "--best-rate", "--json", str(out)]) == 3
+    assert json.loads(out.read_text())["refused"]["code"] == "too_few"
+
+
+def test_groups_are_paired_as_asked():
+    x, y, methods, groups = rows(3, 0.02, 0.002, rng=np.random.default_rng(1))
+    auto, yes, no = (one(x, y, methods, groups, at=4.0, group="seed", pair=pair) for pair in ("auto", "yes", "no"))
+    assert auto == yes
+    assert "; paired by seed;" in auto.sentence()
+    assert "; not paired by seed;" in no.sentence()
+    assert "3 and 3 groups, Welch" in no.gain.method
+    names = [f"{m}{g}" for m, g in zip(methods, groups, strict=True)]
+    assert "not paired by seed" in one(x, y, methods, names, group="seed").sentence()
+    apart = one(x, y, methods, names, group="seed", pair="yes")
+    assert isinstance(apart, Refusal)
+    assert "share no two groups of seed" in apart.sentence
+    assert "paired" not in one(x, y, methods).sentence()
+
+
+def test_a_gain_that_is_not_known_says_so_first():
+    """Two seeds that lie far apart: a number before that would be read as an answer."""
+    rng = np.random.default_rng(2)
+    found = one(*rows(2, 0.8, 0.0, rng=rng), form="power", pair="no")
+    assert found.gain.low is None
+    assert "better against plain, y: gain not known to within a factor of 1,000 (estimate" in found.sentence()
+    answer, *last = sentences({"better": found}, "plain")
+    assert answer == found.sentence()
+    assert last == []  # no interval, no level
+    known = sentences({"better": one(*rows(3, 0.01, 0.005, rng=rng))}, "plain")
+    assert known[1] == "95 % intervals: paired delete-one-group jackknife over 3 groups, Student-t"
+
+
+def test_digits_show_how_wide_an_interval_is():
+    def said(estimate, low, high):
+        return told(Interval(estimate, low, high, 0.95, ""))
+
+    assert said(3.0, 2.9996, 3.0004) == "3 [2.9996, 3.0004]"
+    assert said(2.3021, 2.2991, 2.3103) == "2.302 [2.299, 2.31]"
+    assert said(1.7, 1.1, 2.6) == "1.7 [1.1, 2.6]"
+    assert said(123456.7, 123455.9, 123457.1) == "123,456.7 [123,455.9, 123,457.1]"
+    assert said(1.27e11, 1.2698e11, 1.2702e11) == "1.27e11 [1.2698e11, 1.2702e11]"
+    assert said(2.0, None, None) == "2 (no interval: None)"
+    assert said(0.0, -0.1, 0.1) == "0 [-0.1, 0.1]"
 
 
 @pytest.fixture
@@ -424,9 +488,29 @@ def test_the_command_line(runs, tmp_path, capsys):
     assert json.loads(out.read_text())["gains"][0]["refused"]["code"] == "one_upstream_seed"
 
 
+def test_no_gain_at_all_is_a_refusal(runs, tmp_path, capsys):
+    out, figure = tmp_path / "gain.json", tmp_path / "gain.png"
+    base = [str(runs), "--x", "train flops", "--y", "gfid", "--by", "method", "--baseline", "plain"]
+    asked = [*base, "--group", "seed", "--json", str(out), "--figure", str(figure)]
+    assert main([*asked, "--at", "0.5"]) == 3
+    assert "no gain at 0.5, outside the qualities" in capsys.readouterr().out
+    assert not figure.exists()
+    held = json.loads(out.read_text())
+    assert held["refused"]["code"] == "different_points"
+    assert "better against plain: no gain at gfid 0.5" in held["refused"]["sentence"]
+    assert all(row["refused"]["code"] == "different_points" for row in held["gains"])
+    # the better one starts below 9.9: one of two is an answer
+    assert main([*asked, "--at", "9.9"]) == 0
+    held = json.loads(out.read_text())
+    assert [row["refused"] is None for row in held["gains"]] == [False, True]
+    assert held["refused"] is None
+    assert figure.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
+        (["--pair", "no"], 2, "--pair: got no; it needs --group COL"),
         (["--baseline", "none"], 2, "--baseline: got 'none'; methods: plain, better"),
         (["--where", "method = 'plain'"], 2, "a gain needs another method"),
         (["--y", "fid"], 2, "--y: got 'fid'; columns"),
@@ -434,7 +518,7 @@ def test_the_command_line(runs, tmp_path, capsys):
         (["--figure", "gain.gif"], 2, "a figure ends in .png"),
         (["--derive", "low=gfid - 5", "--y", "low"], 3, "non_positive"),
     ],
-    ids=["no baseline", "one method", "no column", "negative", "another ending", "not positive"],
+    ids=["no group", "no baseline", "one method", "no column", "negative", "another ending", "not positive"],
 )
 def test_mistakes_and_refusals(runs, tmp_path, capsys, options, code, said):
     out = tmp_path / "gain.json"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.isoflop import EXAMPLES, Trend, isoflop, main, trend
+from analysis import parabola
+from analysis.isoflop import EXAMPLES, Trend, isoflop, main, text, trend
 from analysis.refusal import Refusal
 from analysis.valley import valley
 
@@ -331,6 +334,7 @@ def test_the_command_line(runs, tmp_path, capsys):
     assert "N* at 1e24" in said
     assert "(extrapolated)" in said
     held = json.loads((tmp_path / "out.json").read_text())
+    assert "95 % intervals: Fieller, Student-t, points taken as independent" in said
     assert held["refused"] is None
     assert [row["budget"] for row in held["budgets"]] == pytest.approx(BUDGETS.tolist())
     one = held["budgets"][0]
@@ -351,7 +355,7 @@ def test_the_command_line(runs, tmp_path, capsys):
         (["--at", "soon"], 2, "--at: got 'soon'; allowed: a number above 0"),
         (["--per-token", "-6"], 2, "--per-token: got '-6'"),
         (["--where", "loss < 0"], 2, "leaves none"),
-        (["--where", '"model size" < budget / 1e12 AND budget > 1e20'], 3, "refused"),
+        (["--where", '"model size" < budget / 1e12 AND budget > 1e20'], 3, "2 sizes; 5 are needed"),
         (["--derive", "budget2=-budget", "--budget", "budget2"], 3, "has to be positive"),
     ],
     ids=["no such column", "no budget", "negative", "nothing left", "all refused", "negative budgets"],
@@ -363,6 +367,68 @@ def test_mistakes_and_refusals(runs, tmp_path, capsys, options, code, said):
     written = capsys.readouterr()
     assert said in written.out + written.err
     assert out.exists() == (code == 3)
+
+
+def test_compute_that_was_never_planned_is_refused_in_one_line(capsys, tmp_path):
+    """Chinchilla's 245 points have 245 computes."""
+    file, out = Path(__file__).parents[2] / "results" / "published" / "chinchilla.parquet", tmp_path / "out.json"
+    options = ["--size", "model_size", "--budget", "flops", "--y", "loss", "--json", str(out)]
+    assert main([str(file), *options, "--figure", str(tmp_path / "isoflop.png")]) == 3
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err == (
+        "245 budgets, none with 5 sizes; --budget must be the planned budget, the same for all its runs (too_few)\n"
+    )
+    assert json.loads(out.read_text())["refused"]["code"] == "too_few"
+    assert not (tmp_path / "isoflop.png").exists()
+
+
+def test_refused_budgets_are_counted():
+    size, budget = grid(4, 7)
+    rare = np.geomspace(1e22, 1e23, 8)  # one size each
+    up = np.full(5, 1e24)
+    sizes, budgets = np.concatenate([size, rare / 1e14, up * np.geomspace(1, 2, 5)]), np.concatenate([budget, rare, up])
+    y = np.concatenate([surface(size, budget), np.full(8, 2.0), np.arange(5.0) + 2])
+    found = isoflop(sizes, budgets, y)
+    said = text(found).splitlines()
+    assert found.refusal is None
+    assert len([line for line in said if line.startswith("refused (")]) == 5
+    (counted,) = (line for line in said if line.startswith("refused 9 of 14 budgets"))
+    assert "8 x fewer than 5 sizes (too_few); 1 x the best value lies at an edge" in counted
+    few = budgets == 1e24
+    one = isoflop(sizes[few], budgets[few], y[few]).refusal
+    assert one.code == "no_interior_minimum"
+    assert "at budget 1e24: the lowest value" in one.sentence
+    none = isoflop(sizes[len(size) :], budgets[len(size) :], y[len(size) :]).refusal
+    assert none.code == "too_few"
+    assert none.sentence.startswith("none of 9 budgets has an optimum: 8 x fewer than 5 sizes (too_few)")
+
+
+@pytest.mark.parametrize("residuals", ["raw", "log"])
+def test_the_figure_shows_parabolas_and_the_law(runs, tmp_path, residuals):
+    options = ["--size", "model size", "--budget", "budget", "--y", "loss", "--residuals", residuals]
+    few = ["--where", "budget < 5e20 OR tokens > 1e11"]  # the last budget is refused
+    figure = tmp_path / "isoflop.png"
+    assert main([str(runs), *options, *few, "--figure", str(figure)]) == 0
+    pixels = matplotlib.image.imread(figure)
+    assert pixels.shape[1] > pixels.shape[0] > 300
+    words = figure.with_suffix(".txt").read_text()
+    assert "28 runs at 4 budgets" in words
+    assert "N* = " in words
+    assert "Refused budgets: 1 x fewer than 5 sizes (too_few)" in words
+    frame = pl.read_csv(runs)
+    columns = [frame[name].to_numpy() for name in ("model size", "budget", "loss")]
+    found = isoflop(*columns, residuals=residuals)
+    drawn = parabola.draw(found, parabola.Points(*columns), "model size", "loss", residuals)
+    left, right = drawn.axes
+    # the lines of a budget pass through its vertex, and the law of the right panel is N*(C)
+    one = found.budgets[0].sizes
+    curve = left.lines[2].get_xydata()
+    assert curve[:, 1].min() == pytest.approx(one.value.estimate, rel=1e-3)
+    assert curve[curve[:, 1].argmin(), 0] == pytest.approx(one.best.estimate, rel=0.02)
+    law = right.lines[-1].get_xydata()
+    assert law[0, 1] == pytest.approx(found.size.at(BUDGETS[0]).estimate)
+    assert main([str(runs), *options, "--figure", str(tmp_path / "isoflop.gif")]) == 2
 
 
 def test_the_examples_name_options_that_there_are(capsys):

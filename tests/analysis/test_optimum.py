@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from analysis.fit import fit
 from analysis.forms import FORMS
 from analysis.isoflop import isoflop
 from analysis.lowest import REACH, bottom
-from analysis.optimum import main, optimum, rates, sentences, text
+from analysis.optimum import EXAMPLES, main, optimum, rates, sentences, text
 from analysis.refusal import Refusal
 from analysis.table import TableError
 from analysis.valley import Valley
@@ -359,12 +360,19 @@ def test_the_best_of_separately_measured_rates():
             assert each.best.dof == 2
             assert "wide" in each.flags
     assert inside >= 88
-    assert "R* at 1e10 generator training FLOPs:" in sentences(arms(0.02))[0]
+    lines = sentences(rates(arms(0.02)), arms(0.02))
+    assert "R* at 1e10 generator training FLOPs:" in lines[0]
+    assert lines[-1] == "95 % intervals: Fieller, delete-one-group jackknife over 3 groups, Student-t"
     with pytest.raises(Refusal, match="4 rates; the best one needs 5"):
         rates(arms(bits=R[:4]))
     edge = rates(arms(0.001, centre=900.0))
     assert {each.code for each in edge.values() if isinstance(each, Refusal)} == {"no_interior_minimum"}
-    assert "refused (no_interior_minimum)" in sentences(arms(0.001, centre=900.0))[-1]
+    assert "refused (no_interior_minimum)" in sentences(edge, arms())[3]
+    # each tokenizer seed has a value at a budget of its own, the others were left out
+    own = np.eye(4, dtype=bool)[:3, None, None]
+    parts = [replace(a, report=np.where(own, a.report, np.nan), x=np.where(own, a.x, np.nan)) for a in arms()]
+    with pytest.raises(Refusal, match="share no budget"):
+        rates([replace(each, select=each.report) for each in parts])
     one = rates(arms(0.02, seeds=1))
     assert all("one group says nothing" in each.best.reason for each in one.values() if isinstance(each, Valley))
 
@@ -389,7 +397,9 @@ def test_the_command_line(table, tmp_path, capsys):
     assert first["refused"] is None
     assert second["refused"]["code"] == "no_interior_minimum"
     assert held["params"]["a"] == pytest.approx(0.35, abs=0.1)
+    assert "95 % intervals: 4000 multivariate normal draws, Student-t" in written.out
     assert main([str(table), *options, "--at", "C=1e19"]) == 3
+    assert json.loads((tmp_path / "o.json").read_text())["refused"]["code"] == "no_interior_minimum"
     assert main([str(table), *options, "--at", "C=1e14", "--where", "bits > 100"]) == 3
     assert json.loads((tmp_path / "o.json").read_text())["optima"][0]["refused"]["code"] == "too_few"
     # refits of a bootstrap that was asked for are those that are searched
@@ -405,10 +415,37 @@ def test_the_command_line(table, tmp_path, capsys):
         (["--at", "B=1"], "--at: got 'B'; inputs of tradeoff: R, C"),
         (["--at", "C=1e14", "--figure", "a.png"], "python -m analysis.fit draws the law"),
         (["--at", "C=1e14", "--per-token", "0"], "--per-token"),
+        (["--at", "C=1e14", "--at", "R=96"], "--at: got R=96; tradeoff needs C"),
+        (["--at", "C=1e14", "--at", "C=-1"], "--at: got C=-1; allowed: a number above 0"),
+        (["--at", "C=1e14,C=1e15"], "--at: got 'C=1e14,C=1e15'; every name once"),
     ],
 )
 def test_mistakes_are_one_line(table, tmp_path, capsys, options, said):
     base = ["--law", "tradeoff", "--x", "R=bits", "--x", "C=flops", "--y", "fid", "--json", str(tmp_path / "o.json")]
     assert main([str(table), *base, *options]) == 2
-    assert said in capsys.readouterr().err
+    written = capsys.readouterr()
+    assert said in written.err
+    assert len(written.err.splitlines()) == 1
+    assert written.out == ""  # before anything is fitted
     assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("law", "said"),
+    [([], "required: --law"), (["--law", "saturating"], "invalid choice: 'saturating' (choose from 'chinchilla'")],
+)
+def test_a_law_has_to_be_a_surface(table, capsys, law, said):
+    """The default of analysis.fit has one input, and no optimum."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(table), "--x", "R=bits", "--x", "C=flops", "--y", "fid", "--at", "C=1e14", *law])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_names_what_can_be_used(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert EXAMPLES in said
+    assert "tradeoff_nd" in said
+    assert "--figure" not in said
