@@ -1,6 +1,6 @@
 """Which property of an encoder predicts generation? Correlations over encoders with n, intervals and common subsets.
 
-    python -m analysis.association FILE --x COL[,COL] --y COL[,COL] [--unit COL] [--cluster COL] [--common]
+    python -m analysis.association FILE --x COL[,COL] --y COL[,COL] [--unit COL] [--cluster COL] [--by COL] [--common]
 
 One unit (an encoder) is one point: its rows (seeds) are averaged first, column by column, and never count as n. Units
 that are not independent (encoders of one family) come in clusters. The interval of r over n units, given k covariates:
@@ -14,38 +14,32 @@ that are not independent (encoders of one family) come in clusters. The interval
 Two correlations that share a variable are compared on the same units: r1 - r2 with an interval from those of both and
 from the correlation between the two (Zou, Psychological Methods 12, 2007). Signs count: negate a column (``--derive``)
 where one predictor is good when high and the other when low. Correlations over different units are not comparable;
-``--common`` adds each over the units that have all columns.
+``--common`` adds each over the units that have all columns. Rows of several protocols (``--protocol``) are refused, and
+rows that differ in anything else are one sample unless ``--by`` names it; the text says what a unit averages over.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
 import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy import stats
 
-from analysis import table
+from analysis import table, tally
+from analysis.correlation import Approach, Method, Sample
 from analysis.interval import LEVEL
 from analysis.laws import Array
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError
 
+SHOWN = 6  # columns in a note
 LEAST = 4  # units, and one more per covariate: Fisher's variance is 1 / (n - k - 3)
-LEAST_RESAMPLED = {"jackknife": 4, "bootstrap": 8}  # with fewer, resamples of two distinct clusters say r = +-1
-DRAWS = 2000
-PERFECT = 1 - 1e-12
-
-Method = Literal["pearson", "spearman"]
-Approach = Literal["fisher", "jackknife", "bootstrap"]
-Limits = tuple[float | None, float | None, str | None]  # low, high, or why there is none
 
 EXAMPLES = """examples:
   linear probe and spatial structure against gFID, with the encoders that have both beside all of them:
@@ -55,17 +49,23 @@ EXAMPLES = """examples:
   does spatial structure say more than the probe does, and does their mean predict better than either?
     python -m analysis.association encoders.csv --x lds --y gfid --given lp
     python -m analysis.association encoders.csv --x lp,lds,both --y gfid --composite both=lp,lds --common
+  one correlation for each property of a long table, as a figure:
+    python -m analysis.association points.csv --x value --y gfid --by property --protocol reference --figure r.png
 
 exit code: 0 where a correlation could be given, 2 for a wrong option or file, 3 where every one was refused"""
 
 
 @dataclass(frozen=True)
 class Units:
-    """One value per unit and column [n], NaN where it is missing; ``clusters`` [n] holds each unit's cluster."""
+    """One value per unit and column [n], NaN where it is missing; ``clusters`` [n] holds each unit's cluster.
+
+    ``notes``: what its values are means of, and rows that have none, in words.
+    """
 
     columns: Mapping[str, Array]
     clusters: NDArray[np.intp] | None = None
     composites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def known(self, names: Sequence[str]) -> NDArray[np.bool_]:
         """Which units have all of these columns and composites, [n]."""
@@ -124,20 +124,48 @@ def collect(
     rows = np.asarray(table.labels(frame, [unit], "--unit") if unit else range(len(frame)))
     names, index = np.unique(rows, return_inverse=True)
     held: dict[str, Array] = {}
+    taken = [*columns, *(name for name in (unit, cluster) if name)]
+    notes = _pooled(frame, taken) if unit is None else _averaged(frame, unit, index, taken)
     for name in dict.fromkeys(base for each in columns for base in (composites or {}).get(each, (each,))):
         values = table.numbers(frame, name, "column")
         there = ~np.isnan(values)
+        notes += [] if there.all() else [tally.dropped({name: ~there})]
         counts = np.bincount(index[there], minlength=len(names))
         sums = np.bincount(index[there], values[there], minlength=len(names))
         held[name] = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     if cluster is None:
-        return Units(held, None, composites or {})
+        return Units(held, None, composites or {}, tuple(notes))
     labels = np.asarray(table.labels(frame, [cluster], "--cluster"))
     first = labels[np.unique(index, return_index=True)[1]]
     if (torn := labels != first[index]).any():
         row = int(np.argmax(torn))
         raise TableError(f"--cluster: {rows[row]!s} stands in {first[index[row]]!s} and in {labels[row]!s}")
-    return Units(held, np.unique(first, return_inverse=True)[1], composites or {})
+    return Units(held, np.unique(first, return_inverse=True)[1], composites or {}, tuple(notes))
+
+
+def _pooled(frame: pl.DataFrame, taken: Sequence[str]) -> list[str]:
+    """Columns of text that part the rows into groups, each large enough for a correlation of its own."""
+    sizes = {name: frame[name].value_counts() for name in frame.select(pl.col(pl.String, pl.Boolean)).columns}
+    names = [
+        f"{name} ({len(held)} values)"
+        for name, held in sizes.items()
+        if name not in taken and len(held) > 1 and held["count"].min() >= LEAST  # type: ignore[operator]
+    ]
+    return [f"pooled over {', '.join(names)}: --by gives a correlation for each"] if names else []
+
+
+def _averaged(frame: pl.DataFrame, unit: str, index: NDArray[np.intp], taken: Sequence[str]) -> list[str]:
+    """How many rows a unit is the mean of, and in which columns they differ."""
+    counts = np.bincount(index)
+    if counts.max() == 1:
+        return []
+    others = [name for name in frame.columns if name not in taken]
+    varied = frame.group_by(pl.Series("unit", index)).agg(pl.col(others).n_unique()) if others else frame.clear()
+    names = [name for name in others if varied[name].max() != 1]
+    told = str(counts.max()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    also = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    apart = f", which differ in {', '.join(names[:SHOWN])}{also}" if names else ""
+    return [f"each of {tally.counted(len(counts), 'units')} ({unit}) is the mean of {told} rows{apart}"]
 
 
 def composite(columns: Sequence[Array]) -> Array:
@@ -188,7 +216,7 @@ def associate(
     ranked = method == "spearman" and minus is not None
     if approach is None or (approach == "fisher" and ranked):
         approach = "jackknife" if ranked or units.clusters is not None else "fisher"
-    sample = _Sample(values, len(names), groups, method, approach, level)
+    sample = Sample(values, len(names), groups, method, approach, level)
     found = sample.correlations(np.arange(n))
     if not np.isfinite(found).all():
         raise Refusal("collinear", f"the covariates ({', '.join(given)}) fix each other or a column of {wanted}")
@@ -211,149 +239,29 @@ def associate(
     )
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Complete values [variables, then covariates; n]: y first, then its predictors; the units of each cluster."""
-
-    values: Array
-    variables: int
-    groups: list[NDArray[np.intp]]
-    method: Method
-    approach: Approach
-    level: float
-
-    def told(self, what: str, difference: bool) -> str:
-        if self.approach == "bootstrap":
-            return f"BCa bootstrap over {what}, {DRAWS} draws"
-        ends = f"jackknife of z over {what}, Student-t"
-        if self.approach == "fisher":
-            ends = "Fisher z" if self.method == "pearson" else "Fisher z, Bonett-Wright variance"
-        return ends if not difference else f"Zou, from {ends}"
-
-    def correlations(self, chosen: NDArray[np.intp]) -> Array:
-        """[variables, variables] over these units, given the covariates; NaN for a column that is or becomes constant.
-
-        Partial correlation: of the residuals of linear regressions on the covariates (of ranks on ranks).
-        """
-        held = self.values[:, chosen]
-        if self.method == "spearman":
-            held = stats.rankdata(held, axis=1)
-        if (np.ptp(held, axis=1) == 0).any():
-            return np.full((self.variables, self.variables), np.nan)
-        if len(held) > self.variables:
-            scaled = stats.zscore(held, axis=1)
-            held, covariates = scaled[: self.variables], scaled[self.variables :]
-            slopes, _, rank, _ = np.linalg.lstsq(covariates.T, held.T, rcond=1e-9)
-            held = held - slopes.T @ covariates
-            if rank < len(covariates) or (held.std(1) < 1e-9).any():
-                return np.full((self.variables, self.variables), np.nan)
-        found: Array = np.clip(np.corrcoef(held), -1, 1)
-        return found
-
-    def without_one(self) -> Array:
-        """Fisher's z with one cluster left out, [clusters, variables, variables]; infinite at r = +-1."""
-        every = np.arange(self.values.shape[1])
-        left = np.array([self.correlations(np.delete(every, group)) for group in self.groups])
-        with np.errstate(divide="ignore"):
-            z: Array = np.arctanh(left)
-        return z
-
-    def limits(self, j: int) -> Limits:
-        """Limits of r between y and predictor ``j``."""
-        r = float(self.correlations(np.arange(self.values.shape[1]))[0, j])
-        if abs(r) > PERFECT:
-            return None, None, "perfect correlation"
-        if self.approach == "bootstrap":
-            return self.bootstrap(lambda found: float(found[0, j]))
-        if self.approach == "fisher":
-            shape = 1.0 if self.method == "pearson" else 1 + r * r / 2
-            n, covariates = self.values.shape[1], len(self.values) - self.variables
-            half = float(stats.norm.ppf(0.5 + self.level / 2)) * math.sqrt(shape / (n - covariates - 3))
-        else:
-            z = self.without_one()[:, 0, j]
-            if reason := self.lacking(z):
-                return None, None, reason
-            error = math.sqrt((len(z) - 1) * float(z.var()))
-            half = float(stats.t.ppf(0.5 + self.level / 2, len(z) - 1)) * error
-        return math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half), None
-
-    def lacking(self, z: Array | None = None) -> str | None:
-        """Why these clusters, or correlations without one of them, give no interval."""
-        if len(self.groups) < LEAST_RESAMPLED[self.approach]:
-            return f"{len(self.groups)} clusters or units; a {self.approach} needs {LEAST_RESAMPLED[self.approach]}"
-        if z is not None and not np.isfinite(z).all():
-            return "without one of them r is perfect or a column constant"
-        return "without any one of them r is the same" if z is not None and np.ptp(z) < 1e-12 else None
-
-    def limits_of_difference(self) -> Limits:
-        """Limits of r(y, first) - r(y, second): Zou's, from both limits and the correlation between both r.
-
-        That is the large-sample one for ``fisher`` (Steiger, Psychological Bulletin 87, 1980), that of the values with
-        one cluster left out for ``jackknife``.
-        """
-        if self.approach == "bootstrap":
-            return self.bootstrap(lambda found: float(found[0, 1] - found[0, 2]))
-        (low1, high1, reason1), (low2, high2, reason2) = self.limits(1), self.limits(2)
-        if low1 is None or high1 is None or low2 is None or high2 is None:
-            return None, None, reason1 or reason2
-        whole = self.correlations(np.arange(self.values.shape[1]))
-        one, other, between = (float(whole[i, j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-        if abs(between) > PERFECT:
-            return None, None, "the two are perfectly correlated"
-        if self.approach == "fisher":
-            covariance = (between - one * other / 2) * (1 - one**2 - other**2 - between**2) + between**3
-            together = covariance / ((1 - one**2) * (1 - other**2))
-        else:
-            z = self.without_one()
-            together = float(stats.pearsonr(z[:, 0, 1], z[:, 0, 2]).statistic)
-        down, up = (
-            math.sqrt(max(a * a + b * b - 2 * together * a * b, 0.0))
-            for a, b in ((one - low1, high2 - other), (high1 - one, other - low2))
-        )
-        return one - other - down, one - other + up, None
-
-    def bootstrap(self, pick: Callable[[Array], float]) -> Limits:
-        if reason := self.lacking():
-            return None, None, reason
-
-        def statistic(drawn: NDArray[np.intp]) -> float:
-            return pick(self.correlations(np.concatenate([self.groups[group] for group in drawn])))
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # said in the reason
-            held = stats.bootstrap(
-                (np.arange(len(self.groups)),),
-                statistic,
-                n_resamples=DRAWS,
-                vectorized=False,
-                confidence_level=self.level,
-                method="BCa",
-                rng=np.random.default_rng(0),
-            )
-        low, high = float(held.confidence_interval.low), float(held.confidence_interval.high)
-        if not low < high:
-            return None, None, "resamples with a constant column, or all alike"
-        return low, high, None
+def _wanted(xs: Sequence[str], ys: Sequence[str], common: bool) -> Iterator[tuple[str, str, str, str | None]]:
+    """Subset of the units, x, y, minus: every pair; with ``common`` once more, and the differences."""
+    for subset in ("all", *(["common"] if common else [])):
+        yield from ((subset, x, y, None) for y in ys for x in xs)
+    if common:
+        yield from (("common", one, y, other) for y in ys for one, other in combinations(xs, 2))
+        yield from (("common", one, x, other) for x in xs for one, other in combinations(ys, 2))
 
 
 def rows(
-    units: Units, xs: Sequence[str], ys: Sequence[str], common: bool, given: Sequence[str], **how: Any
+    units: Units | Refusal, xs: Sequence[str], ys: Sequence[str], common: bool, given: Sequence[str], **how: Any
 ) -> list[dict[str, Any]]:
     """Every pair as a row of the JSON; with ``common`` once more over the units that have all, and the differences."""
-    pairs = [(x, y, None) for y in ys for x in xs]
-    wanted: list[tuple[str, str, str, str | None]] = [("all", *pair) for pair in pairs]
-    if common:
-        wanted += [("common", *pair) for pair in pairs]
-        wanted += [("common", one, y, other) for y in ys for one, other in combinations(xs, 2)]
-        wanted += [("common", one, x, other) for x in xs for one, other in combinations(ys, 2)]
     made = []
-    for subset, x, y, minus in wanted:
+    for subset, x, y, minus in _wanted(xs, ys, common):
         among = [*xs, *ys] if subset == "common" else []
         row: dict[str, Any] = {"subset": subset, "x": x, "y": y, "minus": minus, "given": list(given)}
         row |= {"method": how["method"], "r": None, "low": None, "high": None, "level": LEVEL}
-        row |= {"n": int(units.known([x, y, *given, *among]).sum()), "n_clusters": None, "dropped": None}
-        row |= {"interval_method": None, "reason": None, "refused": None}
+        row |= dict.fromkeys(("n", "n_clusters", "dropped", "interval_method", "reason", "refused"))
         try:
+            if isinstance(units, Refusal):
+                raise units
+            row["n"] = int(units.known([x, y, *given, *among]).sum())
             found = asdict(associate(units, x, y, minus=minus, given=given, among=among, **how))
             row |= {"r": found["estimate"], "n_clusters": found["n_groups"]}
             row |= {name: found[name] for name in ("low", "high", "dropped", "interval_method", "reason")}
@@ -363,9 +271,47 @@ def rows(
     return made
 
 
+@dataclass(frozen=True)
+class Group:
+    """What is said of the rows of one ``--by`` label (None: of all), which were measured in one way."""
+
+    name: str | None
+    protocol: dict[str, str]
+    units: Units | Refusal
+    rows: list[dict[str, Any]]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if isinstance(self.units, Refusal) else self.units.notes
+
+
+def grouped(frame: pl.DataFrame, given: argparse.Namespace, composites: Mapping[str, tuple[str, ...]]) -> list[Group]:
+    """The answers of a command line, by group in order of appearance. Raises ``TableError``."""
+    named = [*given.x, *given.y, *given.given]
+    parts = {"--x": given.x, "--y": given.y, "--given": given.given}
+    parts |= {"--composite": [base for bases in composites.values() for base in bases]}
+    for option, names in parts.items():
+        for name in (name for name in names if option == "--composite" or name not in composites):
+            table.numbers(frame, name, option)
+    labels = np.asarray(table.labels(frame, given.by, "--by") if given.by else [""] * len(frame))
+    used = [*named, *parts["--composite"], *given.by, *(name for name in (given.unit, given.cluster) if name)]
+    made = []
+    for label in dict.fromkeys(labels.tolist()):
+        part, held = frame.filter(labels == label), {}
+        units: Units | Refusal
+        try:
+            held = tally.protocol(part, given.protocol, used)
+            units = collect(part, named, unit=given.unit, cluster=given.cluster, composites=composites)
+        except Refusal as refusal:
+            units = refusal
+        said = rows(units, given.x, given.y, given.common, given.given, method=given.method, approach=given.interval)
+        made.append(Group(label if given.by else None, held, units, said))
+    return made
+
+
 def text(made: Sequence[Mapping[str, Any]]) -> str:
     """The rows as an aligned table."""
-    lines = [("units", "correlation", "r", "low", "high", "n", "clusters", "dropped", "interval")]
+    lines = [("units", "correlation", "r", "low", "high", "n", "clusters", "dropped", f"interval ({LEVEL:.0%})")]
     for row in made:
         name = f"r({row['x']}, {row['y']})" + (f" - r({row['minus']}, {row['y']})" if row["minus"] else "")
         name += f" given {', '.join(row['given'])}" if row["given"] else ""
@@ -407,22 +353,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--composite", action="append", default=[], metavar="NAME=COL,COL", help="mean of min-max-scaled columns"
     )
+    parser.add_argument("--by", type=table.listed, default=[], metavar="COL[,COL]", help="an answer for each value")
+    parser.add_argument(
+        "--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ; none: pool them"
+    )
+    parser.add_argument("--figure", type=table.writable, metavar="OUT", help="a panel per pair, as PNG, SVG or PDF")
     given = parser.parse_args(argv)
     try:
         composites = _composites(given.composite)
         named = [*given.x, *given.y, *given.given]
         if twice := sorted({name for name in named if named.count(name) > 1}):
             raise TableError(f"--x, --y, --given: {', '.join(twice)} stands there twice; write each column once")
-        frame = table.selected(given)
-        units = collect(frame, named, unit=given.unit, cluster=given.cluster, composites=composites)
-        made = rows(units, given.x, given.y, given.common, given.given, method=given.method, approach=given.interval)
+        groups = grouped(table.selected(given), given, composites)
+        made = [
+            {"group": each.name, "protocol": each.protocol, "notes": each.notes} | row
+            for each in groups
+            for row in each.rows
+        ]
+        told = [None if row["refused"] is None else {"code": row["refused"], "sentence": row["reason"]} for row in made]
+        refused = tally.refused(told)
+        if given.figure and refused is None:
+            from analysis import scatter  # matplotlib is slow to import
+
+            scatter.write(groups, given.figure)
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
-    print(text(made))
+    for each in groups:
+        print("\n".join([*([] if each.name is None else [f"{each.name}:"]), text(each.rows), *each.notes]))
     if given.json:
-        table.write_json(given.json, {"file": given.file, "where": given.where, "derive": given.derive, "rows": made})
-    return EXIT_REFUSED if all(row["refused"] for row in made) else 0
+        held = {"file": given.file, "where": given.where, "derive": given.derive, "refused": refused}
+        table.write_json(given.json, held | {"rows": made})
+    return 0 if refused is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

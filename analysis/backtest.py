@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from analysis import choice, table
+from analysis import choice, table, tally
 from analysis.forms import FORMS, WITHOUT
-from analysis.interval import short
+from analysis.interval import LEVEL, short
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.result import Fit
 from analysis.solver import Objective
-from analysis.splits import MOST, Points, Scheme, collect, later, left_out
+from analysis.splits import MOST, Points, Scheme, collect, inputs, later, left_out
 from analysis.table import TableError
+from analysis.tally import counted
 from analysis.window import SQUARES, Row, Window, evaluate, fitted, project
 
 UNITS: dict[Scheme, str] = {"later budgets": "cut-offs", "values left out": "values"}
@@ -44,7 +45,7 @@ EXAMPLES = """examples:
       --derive "tokens=flops/(6*params)" --cutoffs 1e20,3e20,6e20,1e21 --loss huber --delta 1e-3
   one curve with three tokenizer seeds, and what it says about a budget where there is no run:
     python -m analysis.backtest points.parquet --law saturating --x x=flops --y gfid --by x --group tokenizer_seed \\
-      --project "x=1e20" --json out.json
+      --project "x=1e20" --json out.json --figure errors.png
   which compression-generation law foretells rates and budgets that it has not seen?
     python -m analysis.backtest points.parquet --law tradeoff,tradeoff_offset,tradeoff_slope --x R=bits --x C=flops \\
       --y gfid --by C --hold R
@@ -120,13 +121,15 @@ def _errors(rows: Sequence[Row], scheme: Scheme) -> pl.DataFrame:
 
 def text(report: Report, points: Points, objective: Objective) -> str:
     """A table of windows for each scheme, then sentences."""
-    lacking = f", {points.dropped} more without a value" if points.dropped else ""
-    parts = [f"{points.output}, {len(points.y)} rows{lacking}; {objective}; e = ln(predicted / observed)"]
+    held = [f"{points.output}, {counted(len(points.y), 'rows')}", *([points.note] if points.note else []), objective]
+    parts = ["; ".join([*map(str, held), f"e = ln(predicted / observed), inside: of a new observation's {LEVEL:.0%}"])]
     for found in report.choices:
         windows = [
             each for law in report.laws for each in report.windows if (each.law, each.scheme) == (law, found.scheme)
         ]
         parts.append(f"prediction of {found.scheme} of {windows[0].along} (there is a run for each)\n{_table(windows)}")
+        if why := _unknown([row for row in report.rows if row.scheme == found.scheme]):
+            parts[-1] += f"\n{why}"
         parts.append(found.sentence)
     parts.append(report.verdict)
     if projected := [_projected(row) for row in report.rows if row.kind != "prediction"]:
@@ -160,6 +163,13 @@ def _table(windows: Sequence[Window]) -> str:
     return "\n".join(made + (["* extrapolation: the least or the largest"] if first == "left out" else []))
 
 
+def _unknown(rows: Sequence[Row]) -> str:
+    """Why predictions have no interval that their outcome could lie inside."""
+    why = dict.fromkeys(row.reason for row in rows if row.reason)
+    count = sum(row.reason is not None for row in rows)
+    return f"{counted(count, 'predictions')} without an interval: {'; '.join(map(str, why))}" if why else ""
+
+
 def _projected(row: Row) -> str:
     kind = {"projection": "projection (no run there)", "fitted": "fitted (a run there, and in the fit)"}[row.kind]
     at = ", ".join(f"{name} = {short(value)}" for name, value in row.inputs.items())
@@ -168,14 +178,18 @@ def _projected(row: Row) -> str:
         return f"{kind} of {row.law} at {at}: refused ({refused['code']}): {refused['sentence']}"
     ends = f"(no interval: {row.reason})" if row.low is None else f"[{row.low:.4g}, {row.high:.4g}]"
     ends += ", not identified" if row.identified is False else ""
-    reach = f"{row.distance:.2g} decades beyond the rows in {row.along}" if row.distance else "within the range of rows"
+    decades = f"{row.distance:.2g} decade{'' if f'{row.distance:.2g}' == '1' else 's'}"
+    reach = f"{decades} beyond the rows in {row.along}" if row.distance else "within the range of rows"
     return f"{kind} of {row.law} at {at}: {row.predicted:.4g} {ends}, {reach}"
 
 
-def _named(assignments: Sequence[str]) -> dict[str, str]:
+def _named(assignments: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """The column of each input; where the laws have one input, ``COL`` alone is its."""
     found: dict[str, str] = {}
     for assignment in assignments:
         name, mark, column = (part.strip() for part in assignment.partition("="))
+        if not mark and len(wanted) == 1:
+            name, mark, column = wanted[0], "=", name
         if not (name and mark and column) or name in found:
             raise TableError(f"--x: got {assignment!r}; write NAME=COL once for each input, for example N=params")
         found[name] = column
@@ -185,9 +199,10 @@ def _named(assignments: Sequence[str]) -> dict[str, str]:
 def _point(text: str, points: Points, laws: Sequence[str]) -> dict[str, float]:
     """A point of --project. Raises ``TableError``."""
     pairs = [[side.strip() for side in part.partition("=")[::2]] for part in text.split(",")]
-    found = {name: table.positive(f"--project {name}", value) for name, value in pairs}
+    named = all(name and value for name, value in pairs)
+    found = {name: table.positive(f"--project {name}", value) for name, value in pairs} if named else {}
     needed = dict.fromkeys(name for law in laws for name in FORMS[law].inputs)
-    if not (set(needed) <= set(found) <= set(points.columns) and len(found) == len(pairs)):
+    if not (named and set(needed) <= set(found) <= set(points.columns) and len(found) == len(pairs)):
         others = [name for name in points.columns if name not in needed]
         also = f", and may have {', '.join(others)}" if others else ""
         raise TableError(f'--project: got {text!r}; a point has {", ".join(needed)} (write "NAME=number,..."){also}')
@@ -218,12 +233,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--loss", choices=("squares", "huber", "absolute"), default="squares")
     parser.add_argument("--delta", metavar="D", help="of Huber's loss, in units of the residuals")
     parser.add_argument("--residuals", choices=("log", "raw"), default="log")
-    parser.add_argument("--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ")
+    parser.add_argument(
+        "--protocol", type=table.listed, default=[], metavar="COL[,COL]", help="must not differ; none: pool them"
+    )
+    parser.add_argument("--id", type=table.listed, default=[], metavar="COL[,COL]", help="must not repeat: the run")
     parser.add_argument("--project", action="append", default=[], metavar="NAME=V[,..]", help="a point without a run")
+    parser.add_argument("--figure", type=table.writable, metavar="OUT", help="errors by law, as PNG, SVG or PDF")
     given = parser.parse_args(argv)
     held: dict[str, Any] = {name: value for name, value in vars(given).items() if name != "json"}
     held |= {"refused": None, "n": None, "dropped": None}
-    report: Report | None = None
     try:
         objective = _objective(given)
         if given.by is None and given.hold is None:
@@ -231,10 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.cutoffs and given.by is None:
             raise TableError("--cutoffs: they are of the budget that --by names, which is not given")
         cutoffs = None if given.cutoffs is None else [table.positive("--cutoffs", each) for each in given.cutoffs]
+        columns = _named(given.x, inputs(given.law))
+        held |= {"delta": objective.delta, "cutoffs": cutoffs}
         frame = table.selected(given)
-        table.alike(frame, given.protocol)
         along = [name for name in (given.by, given.hold) if name is not None]
-        points = collect(frame, given.law, _named(given.x), given.y, along=along, group=given.group)
+        used = [given.y, *columns.values(), *along, *given.id, *([given.group] if given.group else [])]
+        table.alike(frame, given.protocol, used)
+        points = collect(frame, given.law, columns, given.y, along=along, group=given.group, ids=given.id)
         report = backtest(
             points,
             given.law,
@@ -245,6 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             min_train=given.min_train,
             projections=[_point(each, points, given.law) for each in given.project],
         )
+        held["refused"] = tally.refused([each.refused for each in report.windows])
+        if given.figure and held["refused"] is None:
+            from analysis import foresight  # matplotlib is slow to import
+
+            foresight.write(report.rows, report.laws, given.figure, output=points.output)
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
@@ -256,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         held |= {"n": len(points.y), "dropped": points.dropped, "estimator": str(objective)} | asdict(report)
     if given.json:
         table.write_json(given.json, held)
-    return EXIT_REFUSED if report is None or all(each.refused for each in report.windows) else 0
+    return 0 if held["refused"] is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from analysis.fit import compare
 from analysis.interval import LEVEL, Interval, short, student
 from analysis.refusal import Refusal
 from analysis.result import Fit
+from analysis.tally import counted
 
 ALIKE = 1e-6  # of ln y: laws that differ by less everywhere have predicted the same
 
@@ -81,7 +82,7 @@ def choose(errors: pl.DataFrame, laws: Mapping[str, int], scheme: str, unit: str
     )
     among = tuple(each.law for each in scores if each.behind is None or not _separated(each.behind))
     law = order[0] if len(among) == 1 < len(order) else None
-    told = _sentence(scores, among, scheme, f"{len(size)} {unit}, {len(wide)} predictions")
+    told = _sentence(scores, among, scheme, f"{counted(len(size), unit)}, {counted(len(wide), 'predictions')}")
     return Choice(scheme, law, among, scores, silent, len(wide), len(size), told + added)
 
 
@@ -96,11 +97,13 @@ def _within(size: pl.DataFrame, law: str, place: str) -> float | None:
 
 def _behind(differences: pl.Series, unit: str) -> Interval:
     values, count = differences.to_numpy(), len(differences)
-    method = f"paired over {count} {unit}, Student-t"
+    method = f"paired over {counted(count, unit)}, Student-t"
     if abs(values).max() < ALIKE:
         return Interval(_mean(differences), None, None, LEVEL, method, count - 1, "they predict the same")
     if count < 2:
-        return Interval(_mean(differences), None, None, LEVEL, method, 0, f"one of {unit}: all errors share one fit")
+        return Interval(
+            _mean(differences), None, None, LEVEL, method, 0, f"{counted(1, unit)}: all errors share one fit"
+        )
     return student(_mean(differences), float(values.std(ddof=1)) / math.sqrt(count), count - 1, method)
 
 

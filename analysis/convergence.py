@@ -26,11 +26,11 @@ from typing import Any
 
 import polars as pl
 
-from analysis import survival
+from analysis import survival, tally
 from analysis.crossing import MAX_RATIO, Reached, number, reach
 from analysis.interval import LEVEL, Interval
 from analysis.refusal import EXIT_REFUSED, Refusal
-from analysis.table import TableError, column, derive, listed, numbers, read, where, write_json
+from analysis.table import TableError, column, listed, numbers, positive, selected, writable, write_json
 from analysis.table import parser as command
 
 REPEAT = "evaluation_seed"  # tells repeats apart where --repeat is not given
@@ -50,7 +50,8 @@ UNSTATED = "protocol not stated"
 
 EXAMPLES = """examples:
   published curves, each from one source, at two thresholds (guided rows are not EP_FID):
-    python -m analysis.convergence published.csv --threshold 2,2.5 --by source,method,backbone --where "NOT guided"
+    python -m analysis.convergence published.csv --threshold 2,2.5 --by source,method,backbone --where "NOT guided" \\
+      --figure curves.png
   a study's points in FLOPs, three tokenizer seeds, evaluations repeated (evaluation_seed):
     python -m analysis.convergence points.parquet --threshold 1 --by rate,generator_size --seed tokenizer_seed \\
       --x flops_to_point --metric fid_digits_supervised --where "protocol = 'unguided'"
@@ -69,6 +70,10 @@ class Curve:
     curve: dict[str, Any]
     protocol: dict[str, Any] | None
     reached: Reached
+
+    @property
+    def name(self) -> str:
+        return " / ".join("none" if value is None else str(value) for value in self.curve.values()) or "all rows"
 
     def row(self) -> dict[str, Any]:
         """What the JSON holds of it."""
@@ -151,6 +156,7 @@ def table(
                     rows[metric].to_numpy(),
                     threshold,
                     axis=x,
+                    metric=metric,
                     seeds=runs[seed],
                     repeats=runs[repeat],
                     max_ratio=max_ratio,
@@ -271,16 +277,15 @@ def _agree(curves: Sequence[Curve]) -> None:
 def text(curves: Sequence[Curve]) -> str:
     """One line per curve and threshold: name, k, bracket, linear, log, interval, note."""
     axis = curves[0].reached.axis
-    lines = [["curve", "k", f"bracket ({axis})", "linear", "log", "interval", "note"]]
+    lines = [["curve", "k", f"bracket ({axis})", "linear", "log", f"{LEVEL:.0%} interval", "note"]]
     for each in curves:
         at = each.reached
-        name = " / ".join("none" if value is None else str(value) for value in each.curve.values()) or "all rows"
         low, high = ("" if end is None else number(end) for end in at.bracket)
         bracket = {"none": f"{low}-{high}", "left": f"<={high}", "right": f">{low}", None: "refused"}[at.censored]
         note = f"({at.refused['code']}) {at.note}" if at.refused else at.note
         interval, reason = _interval(at.interval)
         note = "; ".join(part for part in (note, reason) if part)
-        lines.append([name, number(at.threshold), bracket, _value(at.linear), _value(at.log), interval, note])
+        lines.append([each.name, number(at.threshold), bracket, _value(at.linear), _value(at.log), interval, note])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
@@ -319,15 +324,8 @@ def told(found: Comparison) -> str:
 
 def _thresholds(given: Sequence[str]) -> list[float]:
     """Raises ``TableError``."""
-    found = []
-    for part in (part for each in given for part in each.split(",")):
-        try:
-            found.append(float(part))
-        except ValueError:
-            found.append(math.nan)
-        if not math.isfinite(found[-1]):
-            raise TableError(f"--threshold: got {part!r}; allowed: numbers, for example 2,2.5")
-    return list(dict.fromkeys(found))
+    parts = [part for each in given for part in each.split(",")]
+    return list(dict.fromkeys(positive("--threshold", part) for part in parts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,19 +344,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-bracket-ratio", type=float, default=MAX_RATIO, metavar="R", help="default: %(default)s")
     parser.add_argument("--isotonic", action="store_true", help="smooth each curve to one that falls")
     parser.add_argument("--compare", metavar="COL", help="groups of curves, by a column of --by")
+    parser.add_argument("--figure", type=writable, metavar="OUT", help="curves and crossings, as PNG, SVG or PDF")
     given = parser.parse_args(argv)
     refused: dict[str, str] | None = None
     curves: list[Curve] = []
     compared: list[Comparison] = []
     try:
         thresholds = _thresholds(given.threshold)
-        frame = where(derive(read(given.file), given.derive), given.where)
+        frame = selected(given)
+        metric = given.metric or metric_of(frame)
         curves = table(
             frame,
             thresholds,
             by=given.by,
             x=given.x,
-            metric=given.metric,
+            metric=metric,
             protocol=[] if given.protocol == ["none"] else given.protocol,
             seed=given.seed,
             repeat=given.repeat,
@@ -368,6 +368,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.compare:
             parts = [[each for each in curves if each.reached.threshold == threshold] for threshold in thresholds]
             compared = [compare(part, given.compare) for part in parts]
+        refused = tally.refused([each.reached.refused for each in curves])
+        refused = refused or tally.refused([each.refused for each in compared])
+        if given.figure and refused is None:
+            from analysis import descent  # matplotlib is slow to import
+
+            descent.write(curves, given.figure, metric=metric)
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
@@ -380,8 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         held = {"file": given.file, "where": given.where, "derive": given.derive, "refused": refused}
         held |= {"curves": [each.row() for each in curves], "comparisons": [asdict(each) for each in compared]}
         write_json(given.json, held)
-    every = all(each.reached.refused for each in curves) or (compared and all(each.refused for each in compared))
-    return EXIT_REFUSED if every else 0
+    return 0 if refused is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from analysis import tally
 from analysis.interval import LEVEL, Interval, student
 from analysis.laws import Array
 from analysis.refusal import Refusal
@@ -57,10 +58,11 @@ class Reached:
     linear: float | None
     log: float | None
     censored: Censored | None  # None where the curve was refused
-    interval: Interval  # its estimate is None: linear and log are two
+    interval: Interval  # about ``linear``, which is its estimate; of a median its estimate is None
     note: str = ""
     refused: dict[str, str] | None = None  # code and sentence
     runs: tuple[Reached, ...] = ()  # one per training seed
+    points: tuple[tuple[float, float], ...] = ()  # of one training run: what was crossed, x rising
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def reach(
     threshold: float,
     *,
     axis: str = "epochs",
+    metric: str = "metric",
     seeds: Sequence[Any] | None = None,
     repeats: Sequence[Any] | None = None,
     max_ratio: float = MAX_RATIO,
@@ -99,7 +102,9 @@ def reach(
     assert at.shape == value.shape == run.shape == repeat.shape
     keep = np.isfinite(at) & np.isfinite(value)
     if not keep.any():
-        raise Refusal("not_finite", f"none of {len(at)} points has a finite metric and a finite {axis}")
+        raise Refusal("not_finite", f"none of {len(at)} points has a finite {metric} and a finite {axis}")
+    missing = tally.dropped({axis: np.isnan(at), metric: np.isnan(value)})
+    infinite = int((np.isinf(at) | np.isinf(value))[~(np.isnan(at) | np.isnan(value))].sum())
     lost = sorted(set(run.tolist()) - set(run[keep].tolist()))
     at, value, run, repeat = at[keep], value[keep], run[keep], repeat[keep]
     times = Counter(zip(run.tolist(), at.tolist(), repeat.tolist(), strict=True))
@@ -111,12 +116,13 @@ def reach(
     if len(runs) == 1:
         ((name, one),) = held.items()
         span = _noise(one, threshold, max_ratio, isotonic, draws)
-        found = replace(runs[name], interval=span, runs=(runs[name],))
+        found = replace(runs[name], interval=replace(span, estimate=runs[name].linear), runs=(runs[name],))
     else:
         found = _over(runs)
     notes = [found.note] if found.note else []
     notes += ["smoothed to fall (isotonic)"] if isotonic else []
-    notes += [f"{int((~keep).sum())} of {len(keep)} points dropped: not finite"] if not keep.all() else []
+    notes += [missing] if missing else []
+    notes += [f"{tally.counted(infinite, 'rows')} dropped: an infinite value"] if infinite else []
     notes += [f"left out, without a finite point: seed {', '.join(lost)}"] if lost else []
     return replace(found, note="; ".join(notes))
 
@@ -154,7 +160,8 @@ def _cross(run: _Run, threshold: float, axis: str, max_ratio: float, isotonic: b
     y = _falling(run.y, run.count) if isotonic else run.y
     first, n = int(_first(y, threshold)), len(x)
     span = Interval(None, None, None, LEVEL, "none", reason=ALONE)
-    found = Reached(threshold, axis, (None, None), None, None, "none", span)
+    points = tuple(zip(x.tolist(), y.tolist(), strict=True))
+    found = Reached(threshold, axis, (None, None), None, None, "none", span, points=points)
     if first == n:
         best = int(y.argmin())
         note = f"not reached: lowest {number(float(y[best]))} at {number(float(x[best]))}"
@@ -182,8 +189,9 @@ def _cross(run: _Run, threshold: float, axis: str, max_ratio: float, isotonic: b
             notes.append(f"no logarithm of {lost[0]}")
         else:
             log = before * (after / before) ** (math.log(above / threshold) / math.log(above / below))
-    note = "; ".join(notes)
-    return replace(found, bracket=(before, after), linear=linear, log=log, note=note, refused=refused)
+    span = replace(span, estimate=linear)
+    found = replace(found, bracket=(before, after), linear=linear, log=log, interval=span, refused=refused)
+    return replace(found, note="; ".join(notes))
 
 
 def _noise(run: _Run, threshold: float, max_ratio: float, isotonic: bool, draws: int) -> Interval:
@@ -240,7 +248,7 @@ def _over(runs: dict[str, Reached]) -> Reached:
         values = [value for each in found if (value := getattr(each, kind)) is not None and value > 0]
         mean[kind] = math.exp(float(np.log(values).mean())) if len(values) == n else None
     refused = next((each.refused for each in found if each.refused), None)
-    span = _between(found, censored, count)
+    span = replace(_between(found, censored, count), estimate=mean["linear"])
     first = found[0]
     return Reached(
         *(first.threshold, first.axis, (low, high), mean["linear"], mean["log"], censored, span),

@@ -1,6 +1,6 @@
 """What would FID be with infinitely many samples? A line in 1/n through FIDs of subsets, with an interval.
 
-    python -m analysis.fid_inf FILE --n COL --fid COL [--by COL[,COL]] [--draw COL] [--protocol COL]
+    python -m analysis.fid_inf FILE --n COL --fid COL [--by COL[,COL]] [--draw COL] [--protocol COL[,COL]]
 
 FID_n = FID_inf + k / n to first order, with a k of its own for each model (Chong & Forsyth, arXiv 1911.07023): at equal
 n two models still differ by (k1 - k2) / n. The sizes lie evenly in 1/n at best (``subset_sizes``).
@@ -31,7 +31,7 @@ import polars as pl
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from analysis import table
+from analysis import table, tally
 from analysis.interval import LEVEL
 from analysis.laws import Array
 from analysis.refusal import EXIT_REFUSED, Refusal
@@ -46,8 +46,8 @@ EXAMPLES = """examples:
     python -m analysis.fid_inf subsets.csv --n samples --fid fid --by model
   overlapping subsets of several evaluation seeds, one extractor, protocols checked:
     python -m analysis.fid_inf subsets.csv --n samples --fid fid --by model --draw seed --protocol protocol
-  one model, with the standard error of each FID:
-    python -m analysis.fid_inf subsets.csv --n samples --fid fid --error se --where "model = 'a'" --json fid_inf.json
+  one model, with the standard error of each FID, as a figure:
+    python -m analysis.fid_inf subsets.csv --n samples --fid fid --error se --where "model = 'a'" --figure fid_inf.png
 
 exit code: 0 where a group could be extrapolated, 2 for a wrong option or file, 3 where every one was refused"""
 
@@ -166,6 +166,8 @@ def extrapolate(
     distinct = tuple(int(size) for size in np.unique(n))
     reach = 1 / (distinct[-1] / distinct[0] - 1)
     warnings = []
+    if estimate < 0:  # no distance is: either scatter about a small one, or no 1/n line
+        warnings.append("below 0, within its error" if known and estimate + half >= 0 else "below 0: not extrapolable")
     if known and curvature < CURVED:
         warnings.append(f"no 1/n line (p = {curvature:.2g}): FID_inf moves by {shift:+.3g} with a 1/n^2 term")
     if reach > FAR:
@@ -199,6 +201,15 @@ def _fit(n: Array, fid: Array, weights: Array, order: int) -> Any:
     return WLS(fid, np.vander(n.min() / n, order + 1, increasing=True), weights=weights / weights.mean()).fit()
 
 
+@dataclass(frozen=True)
+class Group:
+    """FIDs [m] at sizes [m] of one ``--by`` label, as they stand in the table, and their row of the JSON."""
+
+    sizes: Array
+    fids: Array
+    row: dict[str, Any]
+
+
 def groups(
     frame: pl.DataFrame,
     n: str,
@@ -207,39 +218,37 @@ def groups(
     by: Sequence[str] = (),
     error: str | None = None,
     draw: str | None = None,
-    protocol: str | None = None,
-) -> list[dict[str, Any]]:
-    """One row of the JSON per group, refusals included. Raises ``TableError``."""
-    sizes, fids = table.numbers(frame, n, "--n"), table.numbers(frame, fid, "--fid")
-    errors = None if error is None else table.numbers(frame, error, "--error")
+    protocol: Sequence[str] = (),
+) -> list[Group]:
+    """An extrapolation per group in order of appearance, refusals included. Raises ``TableError``."""
+    columns = {"--n": n, "--fid": fid} | ({} if error is None else {"--error": error})
+    held = {option: table.numbers(frame, name, option) for option, name in columns.items()}
+    if len(broken := held["--n"][np.isfinite(held["--n"]) & (held["--n"] % 1 != 0)]):
+        raise TableError(f"--n: {n!r} holds {broken[0]:g}; allowed: whole numbers of samples")
     names = np.asarray(table.labels(frame, by, "--by") if by else ["all"] * len(frame))
     if draw is not None and (missing := table.column(frame, draw, "--draw").null_count()):
         raise TableError(f"--draw: {draw!r} is missing in {missing} of {len(frame)} rows")
     draws = None if draw is None else np.asarray(table.labels(frame, [draw], "--draw"))
-    protocols = None if protocol is None else table.column(frame, protocol, "--protocol").cast(pl.String)
+    used = [*columns.values(), *by, *([draw] if draw else [])]
     made = []
     for name in dict.fromkeys(names.tolist()):
         kept = names == name
-        row: dict[str, Any] = {"group": name, "protocol": None, "refused": None, "reason": None}
+        part = {option: values[kept] for option, values in held.items()}
+        lost = tally.dropped({columns[option]: np.isnan(values) for option, values in part.items()})
+        row: dict[str, Any] = {"group": name, "protocol": {}, "refused": None, "reason": None, "note": lost}
         try:
-            if protocols is not None:
-                found = protocols.filter(kept).unique().sort()
-                if found.null_count():
-                    raise Refusal("no_protocol", f"{protocol} is missing in some rows")
-                if len(found) > 1:
-                    raise Refusal("mixed_protocols", f"{protocol}: {', '.join(found)}")
-                row["protocol"] = found[0]
+            row["protocol"] = tally.protocol(frame.filter(kept), protocol, used)
             row |= asdict(
                 extrapolate(
-                    sizes[kept],
-                    fids[kept],
-                    errors=None if errors is None else errors[kept],
+                    part["--n"],
+                    part["--fid"],
+                    errors=part.get("--error"),
                     draws=None if draws is None else draws[kept].tolist(),
                 )
             )
         except Refusal as refusal:
             row |= {"refused": refusal.code, "reason": refusal.sentence}
-        made.append(row)
+        made.append(Group(part["--n"], part["--fid"], row))
     return made
 
 
@@ -248,17 +257,22 @@ def text(row: dict[str, Any]) -> str:
     if row["refused"]:
         return f"{row['group']}: refused ({row['refused']}): {row['reason']}"
     interval = f"(no interval: {row['reason']})" if row["low"] is None else f"[{row['low']:.4g}, {row['high']:.4g}]"
-    draws = "" if row["n_groups"] is None else f" in {row['n_groups']} draws"
+    draws = "" if row["n_groups"] is None else f" in {tally.counted(row['n_groups'], 'draws')}"
     parts = [
         f"FID_inf {row['estimate']:.4g} {interval}",
+        *row["warnings"],
         f"k {row['slope']:.4g}",
         f"bias {row['bias']:.3g} at n = {row['sizes'][-1]}",
         f"{row['n']} FIDs{draws} at {len(row['sizes'])} sizes from {row['sizes'][0]}",
         f"extrapolated over {row['reach']:.2g} of the fitted range of 1/n",
-        *([f"{row['dropped']} rows without a value"] if row["dropped"] else []),
-        *row["warnings"],
+        *([row["note"]] if row["note"] else []),
     ]
     return f"{row['group']}: {', '.join(parts)}"
+
+
+def methods(rows: Sequence[dict[str, Any]]) -> str:
+    """How the intervals were made, for all groups that have an answer."""
+    return f"{LEVEL:.0%} intervals: {', '.join(dict.fromkeys(row['method'] for row in rows if not row['refused']))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,21 +284,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--by", type=table.listed, default=[], metavar="COL[,COL]", help="an extrapolation for each, for example model"
     )
     parser.add_argument("--draw", metavar="COL", help="sample set of the subset (default: subsets are disjoint)")
-    parser.add_argument("--protocol", metavar="COL", help="has to be one within each group")
+    parser.add_argument(
+        "--protocol",
+        type=table.listed,
+        default=[],
+        metavar="COL[,COL]",
+        help="must not differ within a group; none: pool them",
+    )
+    parser.add_argument("--figure", type=table.writable, metavar="OUT", help="a panel per group, as PNG, SVG or PDF")
     given = parser.parse_args(argv)
     try:
         frame = table.selected(given)
         made = groups(
             frame, given.n, given.fid, by=given.by, error=given.error, draw=given.draw, protocol=given.protocol
         )
+        rows = [each.row for each in made]
+        told = [None if row["refused"] is None else {"code": row["refused"], "sentence": row["reason"]} for row in rows]
+        refused = tally.refused(told)
+        if given.figure and refused is None:
+            from analysis import intercept  # matplotlib is slow to import
+
+            intercept.write(made, given.figure, n=given.n, fid=given.fid)
     except TableError as error:
         print(error, file=sys.stderr)
         return 2
-    for row in made:
-        print(text(row))
+    print("\n".join([*(text(row) for row in rows), *([methods(rows)] if refused is None else [])]))
     if given.json:
-        table.write_json(given.json, {"file": given.file, "where": given.where, "derive": given.derive, "groups": made})
-    return EXIT_REFUSED if all(row["refused"] for row in made) else 0
+        held = {"file": given.file, "where": given.where, "derive": given.derive, "refused": refused}
+        table.write_json(given.json, held | {"groups": rows})
+    return 0 if refused is None else EXIT_REFUSED
 
 
 if __name__ == "__main__":

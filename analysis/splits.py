@@ -6,6 +6,7 @@ A split is data and nothing else: it is made from inputs and budgets, never from
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis import table
+from analysis import table, tally
 from analysis.forms import FORMS
 from analysis.interval import short
 from analysis.laws import Array
@@ -33,7 +34,8 @@ Place = Literal["interpolation", "extrapolation"]
 class Points:
     """Measured points. ``columns`` [n] each: inputs by the names laws give them, and what else rows are split by.
 
-    ``rows`` [n]: where they stand in the table, from 0; ``dropped``: rows of the table that lack a value.
+    ``rows`` [n]: where they stand in the table, from 0; ``dropped``: rows of the table that lack a value, ``note``:
+    how that is said.
     """
 
     columns: Mapping[str, Array]
@@ -42,6 +44,7 @@ class Points:
     groups: tuple[str, ...] | None = None
     dropped: int = 0
     output: str = "y"
+    note: str = ""
 
     def inputs(self, law: str) -> Array:
         """[n, d], in the order of the law."""
@@ -63,6 +66,29 @@ class Split:
         return f"{self.along} {sign} {short(self.value)}"
 
 
+def inputs(laws: Sequence[str]) -> tuple[str, ...]:
+    """The inputs of all laws. Raises ``TableError`` for a law that is not there."""
+    for law in laws:
+        if law not in FORMS:
+            raise TableError(f"--law: got {law!r}; allowed: {', '.join(FORMS)}")
+    return tuple(dict.fromkeys(name for law in laws for name in FORMS[law].inputs))
+
+
+def _missing(laws: Sequence[str], x: Mapping[str, str]) -> None:
+    """Raises ``TableError`` where an input of a law has no column, or a column is no input."""
+    for law in laws:
+        if lacking := [name for name in FORMS[law].inputs if name not in x]:
+            ratio = lacking == ["M"] and {"N", "D"} <= set(x)
+            made = " (M = D/N can be made with --derive)" if ratio else ""
+            told = f"each input of each law needs its own --x{made}"
+            raise TableError(
+                f"--x: no {', '.join(lacking)}; the inputs of {law} are {', '.join(FORMS[law].inputs)}, and {told}"
+            )
+    wanted = inputs(laws)
+    if extra := [name for name in x if name not in wanted]:
+        raise TableError(f"--x: got {', '.join(extra)}; the inputs of {', '.join(laws)} are {', '.join(wanted)}")
+
+
 def collect(
     frame: pl.DataFrame,
     laws: Sequence[str],
@@ -71,20 +97,16 @@ def collect(
     *,
     along: Sequence[str] = (),
     group: str | None = None,
+    ids: Sequence[str] = (),
 ) -> Points:
     """The rows that have every value. ``x``: the column of each input; ``along``: inputs or columns to split by.
 
-    Raises ``TableError``: a law, input or column that is not there, rows without a group. Raises ``Refusal``
-    (overflow, non_positive, too_few) for values that no law on log scales could take.
+    ``ids``: columns that name a run together. Raises ``TableError``: a law, input or column that is not there, rows
+    without a group. Raises ``Refusal`` (overflow, non_positive, too_few) for values that no law on log scales could
+    take, and (duplicate_run) for a name twice or, without names, for rows that are equal in all that is fitted.
     """
-    for law in laws:
-        if law not in FORMS:
-            raise TableError(f"--law: got {law!r}; allowed: {', '.join(FORMS)}")
-    wanted = tuple(dict.fromkeys(name for law in laws for name in FORMS[law].inputs))
-    if missing := [name for name in wanted if name not in x]:
-        raise TableError(f"--x: no {', '.join(missing)}; the inputs of {', '.join(laws)} are {', '.join(wanted)}")
-    if extra := [name for name in x if name not in wanted]:
-        raise TableError(f"--x: got {', '.join(extra)}; the inputs of {', '.join(laws)} are {', '.join(wanted)}")
+    inputs(laws)
+    _missing(laws, x)
     sources = {name: (column, "--x") for name, column in x.items()}
     for name in along:
         if name in x and name in frame.columns and x[name] != name:
@@ -96,6 +118,8 @@ def collect(
     out = table.numbers(frame, y, "--y")
     every = np.stack([out, *held.values()])
     rows = np.flatnonzero(~np.isnan(every).any(0))
+    columns = [y, *(column for column, _ in sources.values())]
+    note = tally.dropped({name: np.isnan(values) for name, values in zip(columns, every, strict=True)})
     if not len(rows):
         raise Refusal("too_few", f"none of {len(frame)} rows has {', '.join([y, *held])}")
     if infinite := int(np.isinf(every[:, rows]).any(0).sum()):
@@ -103,6 +127,7 @@ def collect(
     if negative := int((every[:, rows] <= 0).any(0).sum()):
         told = f"{negative} of {len(rows)} rows hold a value that is not positive, which has no logarithm"
         raise Refusal("non_positive", told)
+    _distinct(frame[rows.tolist()], ids, list(dict.fromkeys([*columns, *([group] if group else [])])))
     labels = None if group is None else table.labels(frame, [group], "--group")
     return Points(
         columns={name: values[rows] for name, values in held.items()},
@@ -111,7 +136,21 @@ def collect(
         groups=None if labels is None else tuple(labels[row] for row in rows),
         dropped=len(frame) - len(rows),
         output=y,
+        note=note,
     )
+
+
+def _distinct(frame: pl.DataFrame, ids: Sequence[str], fitted: Sequence[str]) -> None:
+    """Raises ``Refusal`` (duplicate_run) for a run that stands twice, ``TableError`` for an id that is no column."""
+    for name, count in Counter(table.labels(frame, ids, "--id") if ids else []).most_common(1):
+        if count > 1:
+            raise Refusal("duplicate_run", f"{name} stands {count} times among the rows (--id)")
+    if not ids and (count := int(frame.select(fitted).is_duplicated().sum())):
+        raise Refusal(
+            "duplicate_run",
+            f"{count} rows are not the only ones with their {', '.join(fitted)}: a run that stands twice counts twice; "
+            "--id COL says what tells them apart",
+        )
 
 
 def levels(values: Array) -> tuple[NDArray[np.intp], Array]:

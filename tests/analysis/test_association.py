@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analysis.association import EXAMPLES, Units, associate, collect, composite, main
-from analysis.refusal import Refusal
+from analysis.refusal import EXIT_REFUSED, Refusal
+from analysis.scatter import said
 from analysis.table import TableError
 
 # The nine encoders with every value, digitised from the figures of RAEv2 (arXiv 2605.18324): linear probe in %, local
@@ -314,7 +316,8 @@ def test_table_shows_n_in_every_row(nine, capsys):
     assert main([*arguments, "--where", "encoder <> 'PE-B'", "--method", "spearman"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     start = head.index("dropped") - len("clusters  ")
-    assert head.split() == ["units", "correlation", "r", "low", "high", "n", "clusters", "dropped", "interval"]
+    names = ["units", "correlation", "r", "low", "high", "n", "clusters", "dropped", "interval", "(95%)"]
+    assert head.split() == names
     assert [row[:start].split()[-1] for row in rows] == ["8"] * 5
     assert "r(lp, rae) - r(lds, rae)" in rows[-1]
     assert all("jackknife of z over clusters" in row for row in rows)
@@ -326,6 +329,9 @@ def test_refused_pairs_stand_in_the_table_and_the_json(nine, tmp_path, capsys):
     assert main([str(nine), "--x", "flat,odd,lp", "--y", "rae", *derived, "--json", str(out)]) == 0
     rows = table_of(out)
     assert rows["all", "flat", "rae", None] == {
+        "group": None,
+        "protocol": {},
+        "notes": [],
         "subset": "all",
         "x": "flat",
         "y": "rae",
@@ -348,12 +354,20 @@ def test_refused_pairs_stand_in_the_table_and_the_json(nine, tmp_path, capsys):
     assert "refused (constant)" in capsys.readouterr().out
     assert main([str(nine), "--x", "lp", "--y", "rae", "--where", "lp > 85", "--json", str(out)]) == 3
     assert table_of(out)["all", "lp", "rae", None]["refused"] == "too_few"
+    held = json.loads(out.read_text())["refused"]
+    assert held == {"code": "too_few", "sentence": "2 of 2 units have lp, rae; a correlation needs 4"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--x", "lp", "--y", "gfid"], "columns: encoder, family"),
+        (["--x", "lp", "--y", "gfid"], "--y: got 'gfid'; columns: encoder, family"),
+        (["--x", "nope", "--y", "rae"], "--x: got 'nope'; columns"),
+        (["--x", "lp", "--y", "rae", "--given", "nope"], "--given: got 'nope'; columns"),
+        (["--x", "m", "--y", "rae", "--composite", "m=lp,nope"], "--composite: got 'nope'; columns"),
+        (["--x", "lp", "--y", "rae", "--by", "kind"], "--by: got 'kind'"),
+        (["--x", "lp", "--y", "rae", "--protocol", "kind"], "--protocol: got 'kind'"),
+        (["--x", "lp", "--y", "rae", "--figure", "out.tif"], "--figure: got 'out.tif'; a figure ends in .png"),
         (["--x", "lp", "--y", "lp"], "lp stands there twice"),
         (["--x", "lp", "--y", "rae", "--given", "rae"], "rae stands there twice"),
         (["--x", "encoder", "--y", "rae"], "'encoder' holds String, not numbers"),
@@ -382,10 +396,67 @@ def test_examples_of_the_help_run(nine, tmp_path, monkeypatch, capsys):
     held = pl.read_csv(nine).rename({"rae": "gfid"})
     held.write_csv("encoders.csv")
     pl.concat([held, held]).write_parquet("runs.parquet")
+    long = held.unpivot(["lp", "lds"], index=["encoder", "gfid"], variable_name="property")
+    long.with_columns(reference=pl.lit("adm")).write_csv("points.csv")
     commands = [line.split()[3:] for line in EXAMPLES.splitlines() if "python -m" in line]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         assert main(command) == 0
     with pytest.raises(SystemExit):
         main(["--help"])
     assert EXAMPLES.splitlines()[0] in capsys.readouterr().out
+
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
+
+
+def test_a_correlation_for_each_property(tmp_path, capsys):
+    """The two of iREPA, with the encoders each has, as in ``test_encoders_of_irepa``."""
+    out, figure = tmp_path / "out.json", tmp_path / "r.svg"
+    arguments = [str(PUBLISHED / "irepa_association.parquet"), "--x", "value", "--y", "gfid", "--json", str(out)]
+    assert main([*arguments, "--by", "property", "--protocol", "reference,guided", "--figure", str(figure)]) == 0
+    probe, structure = json.loads(out.read_text())["rows"]
+    assert (probe["group"], probe["n"], round(probe["r"], 3)) == ("linear_probe", 27, -0.260)
+    assert (structure["group"], structure["n"], round(structure["r"], 3)) == ("lds", 24, -0.846)
+    assert probe["protocol"] == {"reference": "ADM statistics", "guided": "false"}
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.endswith(":")] == ["linear_probe:", "lds:"]
+    assert said(probe) == "$r$ = −0.26 [−0.58, 0.13], n = 27"
+    assert all(part in figure.read_text() for part in ("linear_probe", "n = 27", "n = 24"))
+    assert main(arguments) == 0
+    assert "pooled over property (2 values): --by gives a correlation for each" in capsys.readouterr().out
+
+
+def test_rows_of_several_protocols_are_refused(nine, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    steps = pl.read_csv(nine).with_columns(sampler=pl.Series(["heun"] * 8 + ["euler"]))
+    steps.write_csv(nine)
+    arguments = [str(nine), "--x", "lp", "--y", "rae", "--json", str(out), "--figure", str(tmp_path / "r.png")]
+    for more in ([], ["--protocol", "sampler"]):
+        assert main([*arguments, *more]) == EXIT_REFUSED
+        assert json.loads(out.read_text())["refused"]["code"] == "mixed_protocols"
+        assert not (tmp_path / "r.png").exists()
+    assert main([*arguments, "--protocol", "none"]) == 0
+    assert main([*arguments, "--by", "sampler"]) == 0  # of one encoder nothing is said, of the other eight it is
+    assert [row["refused"] for row in json.loads(out.read_text())["rows"]] == [None, "too_few"]
+    assert json.loads(out.read_text())["refused"] is None
+    steps.with_columns(sampler=pl.Series(["heun"] * 8 + [None])).write_csv(nine)
+    assert main([*arguments, "--protocol", "sampler"]) == EXIT_REFUSED
+    assert "(no_protocol): sampler is missing in 1 of 9 rows" in capsys.readouterr().out
+
+
+def test_what_a_unit_averages_is_said(tmp_path, capsys):
+    """gFID of three arms, 9 encoders each: one point per encoder pools the arms."""
+    out = tmp_path / "out.json"
+    arguments = [str(PUBLISHED / "raev2_common_encoders.parquet"), "--x", "lds", "--y", "gfid", "--unit", "encoder"]
+    assert main([*arguments, "--json", str(out)]) == 0
+    told = "each of 9 units (encoder) is the mean of 3 rows, which differ in arm, generator, iterations, note"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert json.loads(out.read_text())["rows"][0]["notes"] == [told]
+    assert main([*arguments, "--by", "arm"]) == 0
+    assert "mean of" not in capsys.readouterr().out
+    uneven = pl.DataFrame({"e": ["a", "a", "b"], "x": [1.0, None, 2.0]})
+    assert collect(uneven, ["x"], unit="e").notes == (
+        "each of 2 units (e) is the mean of 1 to 2 rows",
+        "1 row dropped: no value of x",
+    )

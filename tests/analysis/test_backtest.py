@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from analysis.backtest import EXAMPLES, backtest, beside, main, text
 from analysis.choice import choose, information, verdict
 from analysis.fit import fit
+from analysis.foresight import WILD, draw, limit, panels, write
 from analysis.forms import FORMS, WITHOUT
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.solver import Objective
@@ -384,6 +386,44 @@ def test_rows_without_a_value_are_left_out_and_counted():
     frame = pl.DataFrame({"x": [1.0, 2.0, None, 4.0], "y": [4.0, None, 2.0, 1.0], "s": ["a", "b", "c", "d"]})
     found = collect(frame, ["power"], {"x": "x"}, "y", along=["x"], group="s")
     assert (found.rows.tolist(), found.groups, found.dropped) == ([0, 3], ("a", "d"), 2)
+    assert found.note == "2 rows dropped: no value of y, x"
+
+
+def test_a_run_that_stands_twice_is_refused(table, tmp_path, capsys):
+    frame = pl.read_csv(table)
+    pl.concat([frame, frame[3:5]]).with_row_index("row").write_csv(table)
+    out = tmp_path / "out.json"
+    assert main([str(table), *RUN, "--by", "x", "--group", "seed", "--json", str(out)]) == EXIT_REFUSED
+    held = strict(out)["refused"]
+    assert held["code"] == "duplicate_run"
+    assert held["sentence"].startswith("4 rows are not the only ones with their my fid, flops, seed: a run")
+    assert main([str(table), *RUN, "--by", "x", "--id", "row"]) == 0  # they are said to be other runs
+    capsys.readouterr()
+    assert main([str(table), *RUN, "--by", "x", "--id", "seed,steps"]) == EXIT_REFUSED
+    assert "stands 2 times among the rows (--id)" in capsys.readouterr().err
+    assert main([str(table), *RUN, "--by", "x", "--group", "row"]) == 0  # a group each
+
+
+def test_rows_of_several_protocols_are_refused(table, tmp_path):
+    out = tmp_path / "out.json"
+    pl.read_csv(table).with_columns(samples=pl.Series([5000] * 20 + [50000] * 4)).write_csv(table)
+    for more in ([], ["--protocol", "samples"]):
+        assert main([str(table), *RUN, "--by", "x", *more, "--json", str(out)]) == EXIT_REFUSED
+        assert strict(out)["refused"]["code"] == "mixed_protocols"
+    assert main([str(table), *RUN, "--by", "x", "--protocol", "none"]) == 0
+
+
+def test_one_input_needs_no_name_and_numbers_are_numbers(table, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    how = ["--by", "x", "--cutoffs", "5e10", "--loss", "huber", "--delta", "1e-3", "--json", str(out)]
+    assert main([str(table), "--law", "power", "--x", "flops", "--y", "my fid", *how]) == 0
+    held = strict(out)
+    assert (held["delta"], held["cutoffs"], held["refused"]) == (1e-3, [5e10], None)
+    printed = capsys.readouterr().out
+    assert "(1 cut-off, 12 predictions)" in printed
+    assert (
+        "12 predictions without an interval: the scatter of new observations is that of least squares only" in printed
+    )
 
 
 @pytest.mark.parametrize(
@@ -428,7 +468,7 @@ def test_the_command_prints_a_table_and_sentences(table, tmp_path, capsys):
     assert "refused (too_few)" in printed
     assert "saturating foretells later budgets with a mean |ln error|" in printed
     assert "projection (no run there) of saturating at x = 1e13" in printed
-    assert "1 decades beyond the rows in x" in printed
+    assert "1 decade beyond the rows in x" in printed
     held = strict(out)
     assert (held["n"], held["dropped"], held["refused"]) == (24, 0, None)
     assert held["estimator"] == "least squares on log residuals"
@@ -458,6 +498,7 @@ def test_where_every_fit_is_refused_the_command_is_too(table, tmp_path, capsys):
     assert main([str(table), *RUN, "--by", "x", "--where", "flops < 1e10", "--json", str(out)]) == EXIT_REFUSED
     held = strict(out)
     assert {each["refused"]["code"] for each in held["windows"]} == {"constant", "too_few"}
+    assert held["refused"]["code"] == "constant"
     assert "no prediction was made by any law" in held["choices"][0]["sentence"]
     assert main([str(table), *RUN, "--by", "x", "--derive", "flops=1e9", "--json", str(out)]) == EXIT_REFUSED
     assert strict(out)["refused"]["code"] == "too_few"
@@ -469,8 +510,15 @@ def test_where_every_fit_is_refused_the_command_is_too(table, tmp_path, capsys):
     [
         (["--law", "cubic", "--x", "x=flops", "--y", "my fid", "--by", "x"], "--law: got 'cubic'; allowed: saturating"),
         ([*RUN[:2], "--x", "N=flops", "--y", "my fid", "--by", "N"], "--x: no x; the inputs of saturating are x"),
+        (["--law", "chinchilla", "--x", "flops", "--y", "my fid", "--by", "N"], "--x: got 'flops'; write NAME=COL"),
+        (
+            ["--law", "chinchilla,overtraining", "--x", "N=flops", "--x", "D=steps", "--y", "my fid", "--by", "N"],
+            "no M; the inputs of overtraining are N, M, and each input of each law needs its own --x (M = D/N can be",
+        ),
+        ([*RUN, "--by", "x", "--project", "1e20"], "--project: got '1e20'; a point has x (write \"NAME=number,...\")"),
+        ([*RUN, "--by", "x", "--id", "run"], "--id: got 'run'; columns"),
+        ([*RUN, "--by", "x", "--figure", "out.tif"], "--figure: got 'out.tif'; a figure ends in .png"),
         ([*RUN, "--x", "D=steps", "--by", "x"], "--x: got D; the inputs of saturating are x"),
-        ([*RUN[:2], "--x", "flops", "--y", "my fid", "--by", "x"], "--x: got 'flops'; write NAME=COL"),
         ([*RUN, "--by", "C"], "got 'C'; columns: flops, my fid, seed, steps"),
         ([*RUN[:5], "my fid ", "--by", "x"], "--y: got 'my fid '; columns"),
         (RUN, "--by, --hold: neither given"),
@@ -525,3 +573,45 @@ def test_another_loss_is_another_estimator():
     other = windows(backtest(held, ["saturating"], by="x", objective=Objective("raw")), "saturating")[-1]
     assert one.params != other.params
     assert other.errors.intervals == other.n_test
+
+
+# Figure
+
+
+def title(panel):
+    return panel.get_title() or panel.get_title(loc="left")
+
+
+def test_the_figure_shows_every_error_once():
+    held = tradeoff(0.03)
+    report = backtest(held, ["tradeoff"], by="C", hold="R")
+    shown = panels(report.rows, report.laws)
+    assert [(each.scheme, each.law) for each in shown] == [
+        (scheme, law) for scheme in ("later budgets", "values left out") for law in ("tradeoff", "tradeoff_power")
+    ]
+    axes = [panel for panel in draw(shown, "gfid").axes if title(panel)]
+    for panel, each in zip(axes, shown, strict=True):
+        dots = np.concatenate([np.asarray(kind.get_offsets()) for kind in panel.collections])
+        assert len(dots) == len(each.error)
+        edge = math.exp(limit(shown, each.scheme))
+        assert sorted(dots[:, 1]) == pytest.approx(sorted(np.clip(np.exp(each.error), 1 / edge, edge)))
+        assert sorted(dots[:, 0]) == pytest.approx(sorted(each.place))
+        assert f"mean |e| {np.abs(each.error).mean():.3g}" in title(panel)
+    best = min(np.abs(each.error).max() for each in shown if each.scheme == "later budgets")
+    assert limit(shown, "later budgets") == pytest.approx(WILD * best)
+    assert "beyond" in title(axes[1])
+
+
+def test_the_figure_is_written_with_its_caption(table, tmp_path):
+    path = tmp_path / "errors.png"
+    assert main([str(table), *RUN, "--by", "x", "--figure", str(path)]) == 0
+    assert path.exists()
+    assert "Later budgets of x: saturating, power." in path.with_suffix(".txt").read_text()
+    path.unlink()
+    assert main([str(table), *RUN, "--by", "x", "--where", "flops < 1e10", "--figure", str(path)]) == EXIT_REFUSED
+    assert not path.exists()
+    report = backtest(curve(0, 2.0, 0.5, 0.02), ["saturating"], by="x")
+    others = [replace(row, law=f"{row.law}{i}") for i in range(7) for row in report.rows]
+    laws = [f"{law}{i}" for i in range(7) for law in report.laws]
+    with pytest.raises(TableError, match="14 laws and schemes; a figure holds 12"):
+        write(others, laws, path, output="y")

@@ -16,6 +16,7 @@ from scipy import stats
 from analysis import load
 from analysis.convergence import compare, main, table, text
 from analysis.crossing import reach
+from analysis.descent import draw, write
 from analysis.refusal import EXIT_REFUSED, Refusal
 from analysis.table import TableError, read, where
 
@@ -191,7 +192,9 @@ def test_smoothing_crosses_between_the_first_and_the_lasting_crossing(values):
 def test_points_that_are_not_finite_are_counted():
     found = reach([20, 40, 50, 60, math.nan], [3, math.nan, math.inf, 1, 2], 2)
     assert found.bracket == (20, 60)
-    assert found.note == "3 of 5 points dropped: not finite"
+    assert found.note == "2 rows dropped: no value of epochs, metric; 1 row dropped: an infinite value"
+    named = reach([20, 40, 60], [3, math.nan, 1], 2, axis="images", metric="gfid")
+    assert named.note == "1 row dropped: no value of gfid"
     with pytest.raises(Refusal) as refusal:
         reach([20, 40], [math.nan, math.inf], 2)
     assert refusal.value.code == "not_finite"
@@ -208,8 +211,11 @@ def test_a_point_stands_once():
 
 
 def test_one_seed_without_repeats_has_no_interval():
-    span = reach(*CURVES["RAE, rerun"], 2.0).interval
+    found = reach(*CURVES["RAE, rerun"], 2.0)
+    span = found.interval
     assert (span.low, span.high, span.reason) == (None, None, "one seed without repeats")
+    assert span.estimate == found.linear
+    assert reach(*CURVES["RAE, rerun"], 1.0).interval.estimate is None
 
 
 def seeded(crossings, x=(1, 10, 100, 1000)):
@@ -228,6 +234,7 @@ def test_seeds_are_averaged_in_the_logarithm():
     assert found.linear == pytest.approx(math.exp(linear.mean()))
     assert (found.interval.low, found.interval.high) == pytest.approx(np.exp(linear.mean() + half * np.array([-1, 1])))
     assert found.interval.dof == 2
+    assert found.interval.estimate == found.linear
     same = reach([1, 2] * 2, [3, 1] * 2, 2, seeds=[0, 0, 1, 1])
     assert (same.linear, same.interval.low) == (pytest.approx(1.5), None)
     assert "agree" in same.interval.reason
@@ -246,6 +253,7 @@ def test_censored_seeds_give_a_bound_or_nothing():
     assert "1 of 3 seeds are right-censored" in few.interval.reason
     many = over("a", "b", "b", "b", "slow")  # P(all five above their median) = 1 / 32 < 5 %
     assert (many.interval.low, many.interval.high) == (pytest.approx(15), None)
+    assert many.interval.estimate is None
     left = over("a", "a", "a", "b", "fast")
     assert (left.censored, left.bracket) == ("left", (None, 40))
     assert (left.interval.low, left.interval.high) == (None, pytest.approx(30))
@@ -465,6 +473,9 @@ def test_command_line(file, tmp_path, capsys):
     ("more", "said"),
     [
         (["--threshold", "two"], "--threshold: got 'two'"),
+        (["--threshold", "-2"], "--threshold: got '-2'; allowed: a number above 0"),
+        (["--threshold", "2,0"], "--threshold: got '0'; allowed: a number above 0"),
+        (["--threshold", "2", "--figure", "out.tif"], "--figure: got 'out.tif'; a figure ends in .png"),
         (["--threshold", "2", "--x", "steps"], "--x: got 'steps'; columns: method"),
         (["--threshold", "2", "--seed", "seed"], "--seed: got 'seed'"),
         (["--threshold", "2", "--protocol", "ema"], "--protocol: got 'ema'"),
@@ -494,6 +505,8 @@ def test_refusals_have_their_exit_code(file, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main([*common, "--json", str(out)]) == EXIT_REFUSED
     assert json.loads(out.read_text())["refused"]["code"] == "no_protocol"
+    assert main([*common, "--compare", "method", "--protocol", "none", "--json", str(out)]) == EXIT_REFUSED
+    assert json.loads(out.read_text())["refused"]["code"] == "too_few"
     assert main([*common, "--protocol", "none"]) == 0
     assert "protocol not stated" in capsys.readouterr().out
 
@@ -502,3 +515,40 @@ def test_help_has_three_examples(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert capsys.readouterr().out.count("    python -m analysis.convergence ") == 3
+
+
+# Figure
+
+
+def test_the_figure_shows_curves_brackets_and_crossings(tmp_path):
+    three = pl.concat([FRAME.with_columns(run=pl.lit(i), gfid=pl.col("gfid") + 0.05 * i) for i in range(3)])
+    curves = table(three, [2.0, 2.8], by=["method"], seed="run")
+    top, bottom = draw(curves, "gfid").axes
+    assert len([line for line in top.lines if line.get_marker() == "o"]) == 6
+    assert top.lines[0].get_xydata().tolist() == [[10, 3], [20, 1], [40, 0.9]]
+    rows = {i: [line for line in bottom.lines if set(line.get_ydata()) == {i}] for i in range(4)}
+    for i, each in enumerate(curves):
+        at = each.reached
+        dots = [line.get_xdata()[0] for line in rows[i] if line.get_marker() == "o"]
+        if at.censored == "right":
+            assert dots == []
+            assert [line.get_marker() for line in rows[i]] == [">"]
+            continue
+        assert dots == [at.log, at.linear]
+        bracket, interval = (line.get_xdata() for line in rows[i] if line.get_marker() == "None")
+        assert bracket == pytest.approx(at.bracket)
+        assert interval == pytest.approx((at.interval.low, at.interval.high))
+        assert bottom.get_xlim()[0] < min(interval)
+    assert sum(each.reached.censored == "right" for each in curves) == 1
+    with pytest.raises(TableError, match="44 crossings; a figure holds 40"):
+        write(curves * 11, tmp_path / "many.png", metric="gfid")
+
+
+def test_the_caption_names_what_is_not_drawn(file, tmp_path):
+    FRAME.with_columns(sampler=pl.Series([*"abcaaa"])).write_csv(file)
+    more = ["--by", "method", "--threshold", "2", "--figure", str(tmp_path / "c.png")]
+    assert main([str(file), *more]) == 0
+    assert "Refused and not drawn: a." in (tmp_path / "c.txt").read_text()
+    (tmp_path / "c.png").unlink()
+    assert main([str(file), *more, "--where", "method = 'a'"]) == EXIT_REFUSED
+    assert not (tmp_path / "c.png").exists()

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.fid_inf import EXAMPLES, extrapolate, line, main, subset_sizes
+from analysis.fid_inf import EXAMPLES, extrapolate, groups, line, main, subset_sizes
+from analysis.intercept import draw, write
 from analysis.refusal import Refusal
+from analysis.table import TableError
 
 # Gaussian features of 64 dimensions with a power-law spectrum and an exact reference N(0, SPECTRUM); mean and variances
 # of three models at true distances 0, 1.73 and 6.88.
@@ -120,7 +122,10 @@ def test_line_covers_the_truth_and_raw_fid_does_not(model):
     halves = np.array([(each.high - each.low) / 2 for each in found])
     assert (np.abs(fids[:, 0] - TRUTH[model]) > halves).mean() > 0.95
     # one in twenty is said to be curved; none is
-    assert np.mean([bool(each.warnings) for each in found]) < 0.09
+    assert np.mean([any("no 1/n line" in said for said in each.warnings) for each in found]) < 0.09
+    below = [each for each in found if each.estimate < 0]
+    assert all("below 0" in each.warnings[0] for each in below)
+    assert 0.2 < len(below) / len(found) < 0.8 or model != "equal"  # a true distance of 0
 
 
 def test_bias_differs_by_model():
@@ -285,16 +290,30 @@ def test_a_line_per_group(subsets, tmp_path, capsys):
     arguments = [str(subsets), "--n", "samples", "--fid", "fid", "--by", "model", "--json", str(out)]
     assert main([*arguments, "--draw", "seed", "--protocol", "protocol"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [text.split(":")[0] for text in lines] == ["a", "b"]
+    assert [text.split(":")[0] for text in lines] == ["a", "b", "95% intervals"]
+    assert lines[2] == "95% intervals: 1/n line, weights n, Student-t; a line per draw"
     assert "15 FIDs in 3 draws at 5 sizes from 1000" in lines[0]
     groups = json.loads(out.read_text())["groups"]
     for group, k in zip(groups, (500, 900), strict=True):
         assert group["low"] < 2 < group["high"]
         assert group["slope"] == pytest.approx(k, rel=0.1)
         assert group["bias"] == pytest.approx(group["slope"] / 12000)
-        assert (group["n"], group["n_groups"], group["dof"], group["protocol"]) == (15, 3, 2, "inception")
+        assert (group["n"], group["n_groups"], group["dof"], group["protocol"]) == (15, 3, 2, {"protocol": "inception"})
     assert main(arguments) == 0
     assert json.loads(out.read_text())["groups"][0]["dof"] == 13
+    assert json.loads(out.read_text())["refused"] is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "noise", "said"),
+    [(-0.05, 3e-4, "below 0: not extrapolable"), (-0.005, 0.07, "below 0, within its error")],
+)
+def test_a_negative_distance_is_said(limit, noise, said):
+    sizes = np.array(subset_sizes(20_000, 1_000, 6))
+    signs = np.array([1, -1, 1, -1, 1, -1])
+    found = extrapolate(sizes, limit + 500 / sizes + noise * signs)
+    assert found.estimate < 0
+    assert found.warnings[0] == said
 
 
 def test_groups_of_mixed_protocols_are_refused(subsets, tmp_path, capsys):
@@ -304,10 +323,15 @@ def test_groups_of_mixed_protocols_are_refused(subsets, tmp_path, capsys):
     frame.with_columns(protocol=pl.when(clip).then(pl.lit("clip")).otherwise("protocol")).write_csv(subsets)
     arguments = [str(subsets), "--n", "samples", "--fid", "fid", "--json", str(out), "--protocol", "protocol"]
     assert main([*arguments, "--by", "model"]) == 0
-    assert "b: refused (mixed_protocols): protocol: clip, inception" in capsys.readouterr().out
+    assert "b: refused (mixed_protocols): protocol: 2 values among rows that are compared: clip, inception" in (
+        capsys.readouterr().out
+    )
+    assert json.loads(out.read_text())["refused"] is None
     assert [group["refused"] for group in json.loads(out.read_text())["groups"]] == [None, "mixed_protocols"]
     assert main(arguments) == 3
     assert json.loads(out.read_text())["groups"][0]["refused"] == "mixed_protocols"
+    assert json.loads(out.read_text())["refused"]["code"] == "mixed_protocols"
+    assert main([*arguments[:-1], "model,protocol", "--by", "model"]) == 0
     gaps = frame.with_columns(protocol=pl.when(clip).then(None).otherwise("protocol"))
     gaps.write_csv(subsets)
     assert main(arguments) == 3
@@ -322,6 +346,8 @@ def test_groups_of_mixed_protocols_are_refused(subsets, tmp_path, capsys):
         (["--n", "samples", "--fid", "fid", "--by", "size"], "--by: got 'size'"),
         (["--n", "samples", "--fid", "fid", "--draw", "draw"], "--draw: got 'draw'"),
         (["--n", "samples", "--fid", "fid", "--where", "fid < 0"], "leaves none of 30 rows"),
+        (["--n", "half", "--fid", "fid", "--derive", "half=samples/7"], "--n: 'half' holds 142.857; allowed: whole"),
+        (["--n", "samples", "--fid", "fid", "--by", "model", "--figure", "out.tif"], "a figure ends in .png, .svg"),
     ],
 )
 def test_mistakes_are_one_line(subsets, tmp_path, capsys, arguments, said):
@@ -337,7 +363,7 @@ def test_dropped_rows_are_said(subsets, capsys):
     frame = pl.read_csv(subsets)
     frame.with_columns(fid=pl.when(pl.col("samples") > 10000).then(None).otherwise("fid")).write_csv(subsets)
     assert main([str(subsets), "--n", "samples", "--fid", "fid", "--by", "model"]) == 0
-    assert "3 rows without a value" in capsys.readouterr().out
+    assert "3 rows dropped: no value of fid" in capsys.readouterr().out
 
 
 def test_examples_of_the_help_run(subsets, tmp_path, monkeypatch, capsys):
@@ -349,3 +375,35 @@ def test_examples_of_the_help_run(subsets, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert EXAMPLES.splitlines()[0] in capsys.readouterr().out
+
+
+# Figure
+
+
+def test_the_figure_shows_points_line_and_interval(subsets, tmp_path):
+    made = groups(pl.read_csv(subsets), "samples", "fid", by=["model"], draw="seed")
+    for panel, group in zip(draw(made, "samples", "fid").axes, made, strict=False):
+        lines = {line.get_label(): line for line in panel.lines}
+        dots = next(line for line in panel.lines if line.get_marker() == "o")
+        assert dots.get_xdata() == pytest.approx(1 / group.sizes)
+        (bar,) = [line for line in panel.lines if line.get_marker() == "_"]
+        assert bar.get_ydata() == pytest.approx((group.row["low"], group.row["high"]))
+        assert set(bar.get_xdata()) == {0}
+        ends = next(line for line in lines.values() if line.get_linestyle() == "--")
+        assert ends.get_ydata()[0] == pytest.approx(group.row["estimate"])
+        assert f"{group.row['estimate']:.4g}" in (panel.get_title() or panel.get_title(loc="left"))
+    assert (
+        main([str(subsets), "--n", "samples", "--fid", "fid", "--by", "model", "--figure", str(tmp_path / "f.svg")])
+        == 0
+    )
+    assert (tmp_path / "f.svg").exists()
+    assert "every row a disjoint subset; 95% intervals" in (tmp_path / "f.txt").read_text()
+    with pytest.raises(TableError, match="14 groups; a figure holds 12"):
+        write(made * 7, tmp_path / "many.png", n="samples", fid="fid")
+
+
+def test_nothing_is_drawn_where_all_is_refused(subsets, tmp_path):
+    path = tmp_path / "f.png"
+    few = ["--where", "samples < 4000", "--figure", str(path)]
+    assert main([str(subsets), "--n", "samples", "--fid", "fid", *few]) == 3
+    assert not path.exists()
