@@ -25,7 +25,7 @@ MOST = 4000  # cells of the lack-of-fit design: beyond that it is not worth its 
 def checkup(found: Estimate, x: Array, y: Array) -> tuple[str, ...]:
     """Notes, one sentence each, on one fit (B = 1) to x [n, d] and y [n] as given."""
     off = residual(found.objective, found.law.value(found.theta, found.x), found.y)[0] * np.sqrt(found.weights[0])
-    notes = []
+    notes = [] if found.converged[0] else ["the solver did not converge"]
     if x.shape[1] == 1 and len(y) >= 4 and found.law.name in ("power", "saturating"):
         rank = float(stats.spearmanr(x[:, 0], y).statistic)
         if rank > 0:
@@ -51,7 +51,9 @@ def _lack(found: Estimate, x: Array, off: Array) -> str | None:
         return None
     codes = np.zeros(len(off), np.intp) if found.codes is None else found.codes
     levels = np.eye(groups)[codes]
-    design = np.column_stack([np.eye(count)[place], levels[:, 1:]])
+    root = np.sqrt(found.weights[0])[:, None]
+    levels = levels * root
+    design = np.column_stack([np.eye(count)[place] * root, levels[:, 1:]])
     free = off - design @ np.linalg.lstsq(design, off, rcond=None)[0]
     shifted = off - levels @ np.linalg.lstsq(levels, off, rcond=None)[0] if groups > 1 else off
     scatter = float(free @ free)

@@ -19,7 +19,7 @@ from analysis.laws import Array
 SINGULAR = 1e13  # condition number from which parameters cannot be told apart
 NOTHING = 1e-18  # share of the largest information below which the points say nothing about a parameter
 FEW = 8  # clusters from which on CR3 is used
-ROUNDING = 1e-8  # of one minus a leverage
+ALONE = 0.02  # of one minus a leverage: less is left of a residual where one cluster alone decides a direction
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Covariance:
         unit = contrast / np.maximum(np.abs(contrast).max(-1, keepdims=True), 1e-300)
         omega = np.einsum("bmp,bghpq,bmq->bmgh", unit, self.loadings, unit)
         trace = np.einsum("bmgg->bm", omega)
-        return np.asarray(trace**2 / np.maximum((omega * omega).sum((-2, -1)), 1e-300))
+        found = trace**2 / np.maximum((omega * omega).sum((-2, -1)), 1e-300)
+        return np.asarray(np.minimum(found, self.freedom[:, None]))
 
 
 def classical(jacobian: Array, sigma: Array, dof: int) -> Covariance:
@@ -105,11 +106,11 @@ def _inverse(jacobian: Array) -> tuple[Array, NDArray[np.bool_]]:
 def _power(matrix: Array, exponent: float) -> Array:
     """Positive semi-definite matrices [B, m, m] to a negative power.
 
-    A direction that one cluster alone decides (eigenvalue 0) leaves no residual: 0 there. Without that cluster it could
-    not be fitted at all, so that a jackknife has no answer (NaN).
+    NaN where one cluster alone decides a direction: it leaves no residual there, and without that cluster the direction
+    could not be fitted at all, so that nothing says how far another cluster would move it.
     """
     fine = np.isfinite(matrix).all((1, 2), keepdims=True)
     values, vectors = np.linalg.eigh(np.where(fine, matrix, np.eye(matrix.shape[1])))
-    alone = values < ROUNDING
-    powers = np.where(alone, np.nan if exponent == -1 else 0.0, np.where(alone, 1.0, values) ** exponent)
+    alone = values < ALONE
+    powers = np.where(alone, np.nan, np.where(alone, 1.0, values) ** exponent)
     return np.asarray(np.where(fine, (vectors * powers[:, None]) @ np.swapaxes(vectors, 1, 2), np.nan))

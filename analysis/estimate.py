@@ -24,6 +24,7 @@ from analysis.solver import Flags, Objective, residual, solve
 BOUND = 1e-9  # distance to a bound, relative to order one, that counts as at the bound
 FREEDOM = 2.5  # degrees of freedom of a cluster-robust interval below which it covers more than it says
 SURE = 1 / 3  # an exponent is identified where its interval is within this share of it on either side ...
+PLACE = np.log(2.0)  # ... and a place along x within this factor either way
 SQUARES = Objective()
 SURE_LEVEL = 1 / 2  # ... an asymptote or a prediction within this share of the level
 
@@ -149,7 +150,7 @@ class Estimate:
             low = np.where(logs, np.exp(around - half), around - half)
             high = np.where(logs, np.exp(around + half), around + half)
         low, high = np.minimum(low, self.params), np.maximum(high, self.params)  # NaN stays NaN
-        identified = self.quotable(around, half) & self._settled(dof)
+        identified = self.quotable(around, half, self._settled(dof))
         for i, name in enumerate(names):
             below, above = (flags[:, i] for flags in self.at_bound)
             if name == self.law.asymptote:
@@ -166,22 +167,26 @@ class Estimate:
             error = np.where(logs, error * self.params, error)
         return Ends(self.params, error, low, high, dof, identified)
 
-    def quotable(self, around: Array, half: Array) -> Flags:
+    def quotable(self, around: Array, half: Array, settled: Flags) -> Flags:
         """Which parameters [B, p] are known well enough to be quoted, from centres and half-widths of their intervals.
 
-        Exponents: within a share of themselves, and off their bounds. The others hang on the exponents; an asymptote
-        has to be known within a share of the lowest fitted value as well.
+        Exponents: within a share of themselves, and off their bounds. An amplitude hangs on the exponents, an asymptote
+        has to be known within a share of the lowest fitted value as well, a place within a factor (half-widths of its
+        logarithm). ``settled``: degrees of freedom are enough. Nothing is that has not converged.
         """
         names = self.law.parameters
         below, above = self.at_bound
-        sure = np.asarray((half <= SURE * np.abs(around)) & ~below & ~above, np.bool_)
+        inside = np.asarray(~below & ~above & settled & self.converged[:, None] & np.isfinite(half), np.bool_)
+        sure = np.asarray((half <= SURE * np.abs(around)) & inside, np.bool_)
         known = sure[:, self.decaying].all(1)
         for i, name in enumerate(names):
-            if name in self.law.positive:
-                sure[:, i] = known
+            if name in self.law.places:
+                sure[:, i] = known & inside[:, i] & (half[:, i] <= PLACE)
+            elif name in self.law.positive:
+                sure[:, i] = known & np.isfinite(half[:, i]) & settled[:, i]
             elif name == self.law.asymptote:
                 lowest = self.scale * self.law.value(self.theta, self.x).min(1)
-                sure[:, i] = known & (half[:, i] <= SURE_LEVEL * lowest)
+                sure[:, i] = known & settled[:, i] & (half[:, i] <= SURE_LEVEL * lowest)
         return sure
 
     def curve(self, x: Array, level: float = LEVEL) -> Ends:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -110,7 +110,8 @@ def fit(
     law = FORMS[form]
     out = np.asarray(y, np.float64)
     at = np.asarray(x, np.float64)
-    at = at.reshape(len(out), -1) if len(out) else at
+    at = at[:, None] if at.ndim == 1 else at
+    _usable(law, at, out, groups, ids, protocols, residuals, loss, delta, interval, draws)
     weight = np.ones(len(out)) if weights is None else np.asarray(weights, np.float64)
     if len(out) and not (np.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
         raise Refusal("non_positive", "a weight is negative, missing or infinite (a standard error of 0?)")
@@ -120,8 +121,6 @@ def fit(
         groups, ids, protocols = (_kept(each, counts) for each in (groups, ids, protocols))
     if len(weight):  # relative, so that sigma is that of a point of mean weight, and a new observation is one
         weight = weight / weight.mean()
-    if (loss == "huber") != (delta is not None):
-        raise ValueError(f"loss {loss!r}, delta {delta}: Huber's loss has a delta, the others have none")
     check(law, at, out, ids=ids, protocols=protocols)
     labels = None if groups is None else tuple(str(group) for group in groups)
     n_groups = None if labels is None else len(set(labels))
@@ -146,11 +145,50 @@ def fit(
         selection=selection,
         conventions=conventions or {},
     )
-    if not np.isfinite([*made.params.values(), made.objective]).all():
+    if not _finite(made):
         raise Refusal("overflow", f"a number of the {form} fit is beyond 1e308; give inputs and metric in other units")
     if made.interval != "delta":
         made.bse  # noqa: B018  a method that does not suit the points refuses now and not when it is printed
     return made
+
+
+def _usable(
+    law: Form,
+    x: Array,
+    y: Array,
+    groups: Sequence[Any] | None,
+    ids: Sequence[str] | None,
+    protocols: Sequence[str] | None,
+    residuals: str,
+    loss: str,
+    delta: float | None,
+    interval: str | None,
+    draws: int,
+) -> None:
+    """ValueError for arguments that no data could make right."""
+    if len(y) and x.shape != (len(y), len(law.inputs)):
+        raise ValueError(f"x: got shape {x.shape} for {len(y)} y; the {law.name} form takes [n, {len(law.inputs)}]")
+    for name, each in (("groups", groups), ("ids", ids), ("protocols", protocols)):
+        if each is not None and len(each) != len(y):
+            raise ValueError(f"{name}: got {len(each)} for {len(y)} points")
+    if groups is not None and any(group is None for group in groups):
+        raise ValueError("groups: a point has none")
+    for name, value, allowed in (
+        ("residuals", residuals, get_args(Residuals)),
+        ("loss", loss, get_args(Loss)),
+        ("interval", interval or "delta", get_args(Method)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(allowed)}")
+    if (loss == "huber") != (delta is not None) or (delta is not None and not 0 < delta < math.inf):
+        raise ValueError(f"loss {loss!r}, delta {delta}: Huber's loss has a delta above 0, the others have none")
+    if draws < 2:
+        raise ValueError(f"draws: got {draws}; two at least")
+
+
+def _finite(made: Fit) -> bool:
+    positive = [made.params[name] for name in FORMS[made.form].positive]
+    return bool(np.isfinite([*made.params.values(), made.objective]).all() and np.greater(positive, 0).all())
 
 
 def _kept(values: Sequence[Any] | None, counts: NDArray[np.bool_]) -> list[Any] | None:
@@ -178,7 +216,8 @@ def fit_each(curves: Sequence[tuple[ArrayLike, ArrayLike]], form: str = "saturat
         x, y = (np.stack([held[i][side] for i in members]) for side in (0, 1))
         found = estimate(law, x, y, np.ones_like(y))
         for row, i in enumerate(members):
-            answers[i] = result(found.take(row), selection=f"curve {i}")
+            made = result(found.take(row), selection=f"curve {i}")
+            answers[i] = made if _finite(made) else Refusal("overflow", "a parameter is beyond what a float can hold")
     assert all(answer is not None for answer in answers)
     return [answer for answer in answers if answer is not None]
 
@@ -265,7 +304,7 @@ def compare(fits: Sequence[Fit]) -> pd.DataFrame:
             "aicc": pd.array([each.aicc for each in fits], dtype="Float64"),
         }
     )
-    if frame["n"].nunique() > 1 or len({(each.y, each.residuals, each.loss) for each in fits}) > 1:
+    if len({(each.x, each.y, each.weights, each.residuals, each.loss) for each in fits}) > 1:
         raise Refusal("different_points", "AICc compares forms on the same points and residuals only")
     frame["delta"] = frame["aicc"] - frame["aicc"].min()
     return frame.sort_values("aicc", ignore_index=True)

@@ -60,6 +60,11 @@ class Form(Protocol):
         ...
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Those of them that are a place or a width along an input."""
+        ...
+
+    @property
     def asymptote(self) -> str | None:
         """The parameter that the metric falls to, at least 0, and that intervals look past 0 for."""
         ...
@@ -119,6 +124,10 @@ class Sum:
     @cached_property
     def positive(self) -> tuple[str, ...]:
         return tuple(term.amplitude for term in self.terms)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def asymptote(self) -> str | None:

@@ -254,7 +254,8 @@ def _predictions(found: Fit, at: Array) -> list[dict[str, Any]]:
                 "identified": held.identified[i],
                 "outside_decades": far,
                 "kind": "extrapolation" if max(far.values()) > 0 else "interpolation",
-                "reason": found.reason,
+                "reason": found.reason or ("a profile is of parameters alone" if found.interval == "profile" else None),
+                "obs_reason": None if found.sigma is not None else "this loss says nothing about a new observation",
             }
         )
     return rows

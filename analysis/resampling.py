@@ -39,6 +39,11 @@ class Draws:
         return np.asarray(np.nanstd(self.values, axis=0, ddof=1))
 
     @property
+    def lost(self) -> float:
+        """Share of draws that could not be fitted."""
+        return float(np.isnan(self.theta).any(1).mean())
+
+    @property
     def noise(self) -> Array:
         """Monte-Carlo error [p] of the standard errors, as a share of them: other seeds differ by that much."""
         held = self.values[np.isfinite(self.values).all(1)]
@@ -87,7 +92,9 @@ def draw(found: Estimate, kind: Kind, draws: int, seed: int) -> Draws:
         return rows(found, rng.integers(0, n, (draws, n)), f"bootstrap of rows, taken as independent, {told}")
     if kind == "groups":
         if found.codes is None:
-            raise Refusal("too_few", "a bootstrap of groups needs to know the group of each row")
+            raise Refusal(
+                "too_few", "a bootstrap of groups needs groups of several rows; without them, it is one of rows"
+            )
         count = int(found.codes.max()) + 1
         if count < 2:
             raise Refusal("too_few", "one group says nothing about another, and its points are not independent")

@@ -28,6 +28,7 @@ from analysis.solver import Loss, Objective, Residuals
 
 Method = Literal["delta", "profile", "rows", "groups", "residuals", "parametric-t"]
 ALONE = "one group says nothing about another, and its points are not independent"
+LOST = 0.1  # share of resamples that may not be fitted
 EXACT = 1e-9  # residuals of this size are rounding
 
 
@@ -62,10 +63,15 @@ class Prediction:
         NaN where there is no interval. Index: x, or the row where there are several inputs.
         """
         ends = self.fit.curve(self.x, 1 - alpha)
-        spread = np.hypot(ends.error / ends.estimate, self.fit.noise(ends.estimate))
+        sigma = math.nan if self.fit.sigma is None else self.fit.sigma
+        t = quantile(ends.dof, 1 - alpha)
         with np.errstate(invalid="ignore", over="ignore"):
-            wide = quantile(ends.dof, 1 - alpha) * spread
-            low, high = ends.estimate * np.exp(-wide), ends.estimate * np.exp(wide)
+            if self.fit.residuals == "raw":
+                wide = t * np.hypot(ends.error, sigma)
+                low, high = np.maximum(ends.estimate - wide, 0.0), ends.estimate + wide
+            else:
+                wide = t * np.hypot(ends.error / ends.estimate, sigma)
+                low, high = ends.estimate * np.exp(-wide), ends.estimate * np.exp(wide)
         single = self.x.ndim == 1 or self.x.shape[1] == 1
         return pd.DataFrame(
             {
@@ -192,7 +198,8 @@ class Fit:
         assert covariance is not None
         diagonal = np.diag(covariance.matrix[0])
         if np.isnan(diagonal).any():
-            return "the parameters cannot be told apart on these points"
+            apart = "the parameters cannot be told apart on these points"
+            return apart if self.estimate.codes is None else f"{apart}, or not without one of the groups"
         if not (np.sqrt(np.abs(diagonal)) > EXACT).any():
             return "the groups agree to the last digit, so their spread says nothing"
         return None
@@ -205,6 +212,8 @@ class Fit:
             return dict.fromkeys(names)
         held = self.drawn
         errors = self.estimate.parameters().error[0] if held is None else held.error
+        if held is not None and held.lost > LOST:
+            return dict.fromkeys(names)
         return {name: float(error) if math.isfinite(error) else None for name, error in zip(names, errors, strict=True)}
 
     def intervals(self, level: float = LEVEL) -> dict[str, Interval]:
@@ -243,8 +252,17 @@ class Fit:
         if held is None:
             sure = self.estimate.parameters().identified[0]
         else:
-            ends = np.array([(i.low or math.nan, i.high or math.nan) for i in self.intervals().values()])
-            sure = self.estimate.quotable(self.estimate.params, (ends[:, 1] - ends[:, 0])[None] / 2)[0]
+            law = FORMS[self.form]
+            held_ends = [
+                (math.nan, math.nan) if each.low is None or each.high is None else (each.low, each.high)
+                for each in self.intervals().values()
+            ]
+            ends = np.array(held_ends)
+            logs = np.array([name in law.positive for name in law.parameters])
+            with np.errstate(all="ignore"):
+                ends = np.where(logs[:, None], np.log(ends), ends)
+            half = (ends[:, 1] - ends[:, 0])[None] / 2
+            sure = self.estimate.quotable(self.estimate.params, half, np.ones(half.shape, bool))[0]
         known = not self.reason and not self.few
         return {name: bool(flag) and known for name, flag in zip(self.params, sure, strict=True)}
 
@@ -289,7 +307,7 @@ class Fit:
 
     def curve(self, x: Array, level: float = LEVEL) -> Ends:
         """The law and its interval at x [m] or [m, d]."""
-        at = np.asarray(x, np.float64).reshape(len(x), -1)
+        at = self._places(x)
         ends = self.estimate.curve(at, level)
         nothing = np.full(len(at), np.nan)
         mean = ends.estimate[0]
@@ -298,6 +316,8 @@ class Fit:
         held = self.drawn
         if held is None:
             return Ends(*(each[0] for each in ends))
+        if held.lost > LOST:
+            return Ends(mean, nothing, nothing, nothing, nothing, np.zeros(len(at), bool))
         theta = held.theta[np.isfinite(held.theta).all(1)]
         values = self.scale * FORMS[self.form].value(theta, (at / np.asarray(self.pivots))[None])
         low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
@@ -305,16 +325,18 @@ class Fit:
         sure = (high - low <= 2 * SURE_LEVEL * mean) & all(self.identified[name] for name in exponents)
         return Ends(mean, values.std(0), low, high, np.full(len(at), float(self.dof)), np.asarray(sure, np.bool_))
 
-    def noise(self, mean: Array) -> Array:
-        """Standard deviation of ln y of a new observation about the law; to first order for raw residuals."""
-        sigma = np.full(len(mean), math.nan if self.sigma is None else self.sigma)
-        return np.asarray(sigma / mean if self.residuals == "raw" else sigma)
-
     def predict(self, x: ArrayLike) -> Array:
         """The fitted curve at x [m] (or [m, d])."""
-        flat = np.asarray(x, np.float64)
-        at = flat.reshape(len(flat), -1) / np.asarray(self.pivots)
+        at = self._places(x) / np.asarray(self.pivots)
         return np.asarray(FORMS[self.form].value(np.asarray(self.theta)[None], at[None])[0] * self.scale)
+
+    def _places(self, x: ArrayLike) -> Array:
+        """x as [m, d]. ValueError for inputs of another number, or not positive."""
+        at = np.asarray(x, np.float64)
+        count = len(self.inputs)
+        if not ((at.ndim == 2 and at.shape[1] == count) or (at.ndim == 1 and count == 1)) or not (at > 0).all():
+            raise ValueError(f"x: got shape {at.shape}; positive numbers, [m, {count}]" + " or [m]" * (count == 1))
+        return at.reshape(len(at), -1)
 
     def get_prediction(self, x: ArrayLike) -> Prediction:
         """The curve with intervals at x."""
@@ -380,7 +402,7 @@ class Fit:
 
 def _percentiles(value: float, draws: Array, level: float, method: str, dof: int) -> Interval:
     held = draws[np.isfinite(draws)]
-    if len(held) < 0.9 * len(draws):
+    if len(held) < (1 - LOST) * len(draws):
         return Interval(value, None, None, level, method, dof, "too many resamples could not be fitted")
     low, high = (float(end) for end in np.quantile(held, [0.5 - level / 2, 0.5 + level / 2]))
     if high - low <= EXACT * max(abs(value), abs(high)):

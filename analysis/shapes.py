@@ -27,6 +27,7 @@ class Shape:
     inputs: tuple[str, ...]
     limits: dict[str, Bounds]
     positive: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
     asymptote: str | None = None
 
     @property
@@ -126,6 +127,7 @@ class Parabola(Shape):
     formula = "y = L + k (ln x - ln x*)^2"
     inputs = ("x",)
     positive = ("x*",)
+    places = ("x*",)
     limits: dict[str, Bounds] = {"L": (0.0, np.inf), "k": (-np.inf, np.inf), "x*": AMPLITUDE}  # noqa: RUF012
 
     def value(self, theta: Array, x: Array) -> Array:
@@ -167,6 +169,7 @@ class Broken(Shape):
     formula = "y = E + A x^-a (1 + (x/d)^(1/f))^(-c f)"
     inputs = ("x",)
     positive = ("A", "d", "f")
+    places = ("d", "f")
     asymptote = "E"
     limits: dict[str, Bounds] = {  # noqa: RUF012
         "E": (0.0, np.inf),

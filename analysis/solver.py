@@ -36,6 +36,7 @@ SETTLE = 40  # steps at each delta on the way, at most
 TINY = 1e-10  # of a typical residual: the delta that stands for none
 RETRIED = 4  # starts, where the first ends at a bound
 BLOCK = 80_000  # elements of a batch's Jacobians that are worked on at a time: they stay in the cache
+NEAR = 1e-8  # of order one: distance to a bound at which a step outwards is one into it
 DAMPED = (1e-12, 1e10)
 
 
@@ -213,7 +214,9 @@ def _newton(
         bend = inner + pull if log else inner
         hessian = (jacobian * bend[:, None]) @ np.swapaxes(jacobian, 1, 2)
         hessian -= form.curvature(current, at, pull / f if log else pull)
-        held = ((current <= lower) & (gradient < 0)) | ((current >= upper) & (gradient > 0))
+        # also next to a bound: a step that is cut off there is no longer downhill, and damping would end it
+        low, high = (current <= lower + NEAR) & (gradient < 0), (current >= upper - NEAR) & (gradient > 0)
+        held = low | high
         gradient = np.where(held, 0.0, gradient)
         diagonal = np.einsum("bpp->bp", surrogate)
         root = np.sqrt(np.maximum(diagonal, 1e-300 + 1e-26 * diagonal.max(1, keepdims=True)))
@@ -230,6 +233,7 @@ def _newton(
         downhill = (step * gradient).sum(1)
         step = np.where(np.isfinite(step).all(1, keepdims=True) & (downhill >= 0)[:, None], step, 0.0)
         trial = np.clip(current + step, lower, upper)
+        trial = np.where(low, lower, np.where(high, upper, trial))
         tried_value, tried_r = evaluate(trial, rows)
         tried = loss(tried_r, w)
         before, moved = cost[rows], (np.abs(trial - current) / (1.0 + np.abs(current))).max(1)

@@ -8,6 +8,7 @@ import statsmodels.api as sm
 
 from analysis.covariance import FEW, clustered
 from analysis.estimate import estimate
+from analysis.fit import fit
 from analysis.forms import FORMS
 
 X = np.geomspace(1, 1000, 12)
@@ -52,11 +53,21 @@ def test_clusters_that_are_alike_count_as_one_point_each():
     assert found.covariance.dof(slope)[0, 0] == pytest.approx(2)
 
 
-def test_a_cluster_that_alone_decides_something_leaves_few_degrees_of_freedom():
-    """All small x in one cluster of six: what is said of small x rests on that one."""
-    x = np.concatenate([np.full(3, 1.0), np.repeat(np.geomspace(500, 1000, 5), 3)]) * np.tile([1, 1.01, 1.02], 6)
-    found, _ = linear(np.repeat(np.arange(6), 3), x=x)
-    assert found.covariance.dof(np.array([[[0.0, 1.0]]]))[0, 0] < 2
+@pytest.mark.parametrize(
+    ("form", "x", "groups"),
+    [
+        ("power", [1, 1.1, 1.2, 100, 110, 120], [0, 0, 0, 1, 1, 1]),  # the slope rests on two runs
+        ("power", [1, 1.01, 1.02, *np.geomspace(500, 1000, 15)], [0] * 3 + [k // 3 for k in range(3, 18)]),
+        ("saturating", np.geomspace(1, 1000, 15), [k // 5 for k in range(15)]),  # three parameters, three runs
+    ],
+)
+def test_what_one_cluster_alone_decides_has_no_error(form, x, groups):
+    """The fit passes through that cluster, whose shift no residual shows: CR2 covered 35 % there."""
+    y = 3 * np.asarray(x) ** -0.4 * np.exp(0.1 * np.random.default_rng(0).standard_normal(4)[np.array(groups) % 4])
+    found = fit(x, y * np.exp(0.02 * np.random.default_rng(1).standard_normal(len(x))), form, groups=groups)
+    assert "or not without one of the groups" in found.reason
+    assert found.conf_int().isna().all(axis=None)
+    assert not any(found.identified.values())
 
 
 def test_parameters_that_points_say_nothing_about_have_no_error():

@@ -127,7 +127,12 @@ def test_groups_weights_and_bootstraps_of_groups(table, tmp_path, capsys):
     ("frame", "more", "code", "words"),
     [
         (RUNS[:3], [], "too_few", "3 distinct x for 3 parameters"),
-        (RUNS.with_columns(protocol=pl.col("run")), ["--protocol", "protocol"], "mixed_protocols", "protocol: 9 values"),
+        (
+            RUNS.with_columns(protocol=pl.col("run")),
+            ["--protocol", "protocol"],
+            "mixed_protocols",
+            "protocol: 9 values",
+        ),
         (pl.concat([RUNS, RUNS[:1]]), ["--id", "run"], "duplicate_run", "r0 stands 2 times"),
         (pl.concat([RUNS, RUNS[:1]]), [], "duplicate_run", "2 rows are not the only ones with their fid"),
         (RUNS, ["--interval", "profile", "--loss", "huber", "--delta", "0.1"], "unsuited", "other losses"),

@@ -71,7 +71,7 @@ def test_groups_are_drawn_whole():
         with pytest.raises(Refusal, match="groups") as refusal:
             fit(x, y, groups=runs, interval=kind).intervals()
         assert refusal.value.code == "grouped"
-    with pytest.raises(Refusal, match="group of each row"):
+    with pytest.raises(Refusal, match="groups of several rows"):
         fit(X, noisy(0), interval="groups")
 
 

@@ -110,3 +110,17 @@ def test_a_small_floor_is_found(floor, left_out):
     found = solve(form, at, metric, np.ones_like(metric))
     assert found.cost[0] < 1e-16
     assert form.natural(found.theta, pivots, scale)[0][0] == pytest.approx([floor, 4e4, 0.8, 1.2, 0.3], rel=1e-6)
+
+
+def test_an_asymptote_next_to_its_bound_goes_to_it():
+    """A step that is cut off at 0 is no longer downhill: such fits ended beside the optimum and said they had converged."""
+    form, worse = FORMS["chinchilla"], 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = np.exp(rng.uniform(-3, 3, (1, 10, 2)))
+        y = (0.6 * x[..., 0] ** -0.3 + 0.4 * x[..., 1] ** -0.25) * np.exp(0.1 * rng.standard_normal((1, 10)))
+        found = solve(form, x, y, np.ones_like(y), Objective())
+        starts = np.concatenate([form.starts(x, y, np.ones_like(y), 6)[0], found.theta])
+        again = min(solve(form, x, y, np.ones_like(y), Objective(), start=start).cost[0] for start in starts)
+        worse += found.cost[0] > again * (1 + 1e-6)
+    assert worse <= 1
