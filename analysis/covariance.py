@@ -19,7 +19,7 @@ from analysis.laws import Array
 SINGULAR = 1e13  # condition number from which parameters cannot be told apart
 NOTHING = 1e-18  # share of the largest information below which the points say nothing about a parameter
 FEW = 8  # clusters from which on CR3 is used
-ALONE = 0.02  # of one minus a leverage: less is left of a residual where one cluster alone decides a direction
+ALONE = 0.01  # of one minus a leverage: less is left of a residual where one cluster alone decides a direction
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -40,9 +39,8 @@ def draw(shown: Sequence[Curve], metric: str) -> Figure:
     palette = sns.color_palette("colorblind") if len(names) <= DISTINCT else colours(names).values()
     colour = dict(zip(names, palette, strict=False))
     lower = 0.25 + ROW * len(shown)
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(WIDTH, CURVES + lower + 0.7), sharex=True, height_ratios=(CURVES, lower)
-    )
+    figure = Figure(figsize=(WIDTH, CURVES + lower + 0.7))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(CURVES, lower))
     drawn = {each.name: each.reached.runs for each in shown}
     for name, runs in drawn.items():
         for run in runs:

@@ -11,10 +11,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -76,7 +76,8 @@ def draw(shown: Sequence[Panel], output: str) -> Figure:
         for row in (mine[i : i + across] for i in range(0, len(mine), across))
     ]
     width = WIDTH * max(across, 2) / ACROSS
-    figure, axes = plt.subplots(len(lines), across, figsize=(width, 2.4 * len(lines)), squeeze=False)
+    figure = Figure(figsize=(width, 2.4 * len(lines)))
+    axes = figure.subplots(len(lines), across, squeeze=False)
     norm, colours = _norm(shown), sns.color_palette("viridis", as_cmap=True)
     for line, row in zip(axes, lines, strict=True):
         for panel in line[len(row) :]:
@@ -86,7 +87,7 @@ def draw(shown: Sequence[Panel], output: str) -> Figure:
         line[0].set_ylabel(f"{output}: predicted / observed".replace("$", r"\$"))
     later = [panel for line, row in zip(axes, lines, strict=True) for panel in line if row[0].scheme == "later budgets"]
     if later and norm is not None:
-        mappable = plt.cm.ScalarMappable(norm, colours)
+        mappable = ScalarMappable(norm, colours)
         bar: Colorbar = figure.colorbar(mappable, ax=later, aspect=30, pad=0.02)
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         bar.set_label(f"cut-off, {shown[0].along}".replace("$", r"\$"))

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,7 +28,8 @@ def draw(shown: Sequence[Group], n: str, fid: str) -> Figure:
     """A panel per group; the axis is 1/n, its ticks are n."""
     across = min(len(shown), ACROSS)
     down = math.ceil(len(shown) / across)
-    figure, axes = plt.subplots(down, across, figsize=(WIDTH * max(across, 2.2) / ACROSS, 2.5 * down), squeeze=False)
+    figure = Figure(figsize=(WIDTH * max(across, 2.2) / ACROSS, 2.5 * down))
+    axes = figure.subplots(down, across, squeeze=False)
     for panel, group in zip(axes.flat, shown, strict=False):
         row = group.row
         there = np.isfinite(group.sizes) & np.isfinite(group.fids)

@@ -37,9 +37,10 @@ from analysis.isoflop import PER_TOKEN
 from analysis.laws import Array
 from analysis.lowest import SURFACES, Question, check, question
 from analysis.refusal import EXIT_REFUSED, Refusal
+from analysis.resampling import steps_of
 from analysis.result import Fit
 from analysis.table import TableError
-from analysis.valley import FLAGS, LEAST, Valley, distinct, exponential, methods, told, valley
+from analysis.valley import FLAGS, LEAST, Valley, exponential, methods, told, valley
 
 DRAWS = 4000
 STEP = 1e-3  # of ln C, for exponents; of a scaled parameter, for degrees of freedom
@@ -158,7 +159,7 @@ def optimum(
 def _edges(found: Fit, rate: str) -> tuple[float, float]:
     """ln of the lowest and highest rate in a fit. Raises ``Refusal`` (too_few)."""
     logs = np.log(np.asarray(found.x)[:, found.estimate.law.inputs.index(rate)])
-    count = len(np.unique(distinct(logs)))
+    count = len(np.unique(steps_of(logs)))
     if count < LEAST:
         raise Refusal("too_few", f"{count} values of {rate} in the fit; the best one needs {LEAST}")
     return float(logs.min()), float(logs.max())

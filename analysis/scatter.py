@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -48,7 +47,8 @@ def said(row: dict[str, Any]) -> str:
 def draw(shown: Sequence[Panel]) -> Figure:
     across = min(len(shown), ACROSS)
     down = math.ceil(len(shown) / across)
-    figure, axes = plt.subplots(down, across, figsize=(WIDTH * (0.5 if across == 1 else 1), 2.5 * down), squeeze=False)
+    figure = Figure(figsize=(WIDTH * (0.5 if across == 1 else 1), 2.5 * down))
+    axes = figure.subplots(down, across, squeeze=False)
     for panel, (title, units, row) in zip(axes.flat, shown, strict=False):
         kept = units.known([row["x"], row["y"], *row["given"]])
         x, y = (units.values(row[side], kept) for side in "xy")

@@ -20,7 +20,7 @@ from analysis.forms import FORMS
 from analysis.interval import short
 from analysis.laws import Array
 from analysis.refusal import Refusal
-from analysis.resampling import SAME
+from analysis.resampling import SAME, steps_of
 from analysis.table import TableError
 
 MOST = 8  # cut-offs where none are named: fits that share nearly all rows are nearly one fit (``analysis.choice``)
@@ -154,10 +154,8 @@ def _distinct(frame: pl.DataFrame, ids: Sequence[str], fitted: Sequence[str]) ->
 
 
 def levels(values: Array) -> tuple[NDArray[np.intp], Array]:
-    """Distinct values, neighbours closer than SAME in ln as one: the level of each [n], the largest of each [k]."""
-    order = np.argsort(values, kind="stable")
-    index = np.empty(len(values), np.intp)
-    index[order] = np.concatenate([[0], np.cumsum(np.diff(np.log(values[order])) > SAME)])
+    """Distinct values, those within SAME of the first of them in ln as one: the level of each [n], the largest [k]."""
+    index = steps_of(np.log(values))
     return index, np.array([values[index == level].max() for level in range(int(index.max()) + 1)])
 
 

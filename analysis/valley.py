@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from analysis.interval import LEVEL, Interval, short, student
 from analysis.laws import Array
 from analysis.refusal import Refusal
+from analysis.resampling import steps_of
 
 LEAST = 5  # distinct x
-SAME = 0.02  # values of ln x that differ by less are one, as in analysis.fit
 CENTRE = 2.0  # factor by which the vertex may lie off the middle of what was tried
 WIDE = 4.0  # factor that may be tried on either side of the middle
 ROUNDING = 1e-10  # of ln x
@@ -98,17 +98,9 @@ def exponential(found: Interval) -> Interval:
     return replace(found, estimate=estimate, low=low, high=high)
 
 
-def distinct(u: Array) -> NDArray[np.intp]:
-    """Which distinct value, in rising order, each of ``u`` [n] belongs to."""
-    order = np.argsort(u, kind="stable")
-    found = np.empty(len(u), np.intp)
-    found[order] = np.cumsum(np.diff(u[order], prepend=u[order[:1]]) > SAME)
-    return found
-
-
 def vertex(u: Array, y: Array) -> float:
     """ln x at the bottom of the parabola of y [n] in u = ln x [n]; NaN where it opens downwards or three x are left."""
-    if len(np.unique(distinct(u))) <= 3:
+    if len(np.unique(steps_of(u))) <= 3:
         return math.nan
     bend, slope, _ = np.polyfit(u - u.mean(), y, 2)
     return float(u.mean() - slope / (2 * bend)) if bend > 0 else math.nan
@@ -138,7 +130,7 @@ def valley(
     if (size <= 0).any() or (residuals == "log" and (metric <= 0).any()):
         raise Refusal("non_positive", f"{where}a logarithm needs positive values")
     u, level = np.log(size), np.log(metric) if residuals == "log" else metric
-    place = distinct(u)
+    place = steps_of(u)
     count = len(np.unique(place))
     if count < LEAST:
         raise Refusal("too_few", f"{where}{count} {what.removesuffix('s') if count == 1 else what}; {LEAST} are needed")
@@ -191,7 +183,7 @@ def _known(d: Array, y: Array, groups: Sequence[str] | None) -> _Known:
         return _Known(None, 0, "none, given one group", "one group says nothing about another")
     kept = [labels != name for name in names]
     for name, keep in zip(names, kept, strict=True):
-        if len(np.unique(distinct(d[keep]))) <= 3:
+        if len(np.unique(steps_of(d[keep]))) <= 3:
             return _Known(None, count - 1, method, f"without group {name} too few points are left for a parabola")
     left = np.array([np.polyfit(d[keep], y[keep], 2) for keep in kept])
     centred = left - left.mean(0)

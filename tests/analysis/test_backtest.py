@@ -615,3 +615,12 @@ def test_the_figure_is_written_with_its_caption(table, tmp_path):
     laws = [f"{law}{i}" for i in range(7) for law in report.laws]
     with pytest.raises(TableError, match="14 laws and schemes; a figure holds 12"):
         write(others, laws, path, output="y")
+
+
+def test_a_dense_table_has_many_budgets():
+    """Five hundred budgets over three decades lie within 2 % of their neighbours, and are not one."""
+    x = np.geomspace(1.0, 1e3, 500)
+    index, tops = levels(x)
+    assert 200 < len(tops) < 500
+    assert index.max() + 1 == len(tops)
+    assert tops[-1] == pytest.approx(1e3)
