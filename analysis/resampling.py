@@ -63,7 +63,7 @@ def steps_of(logs: Array) -> NDArray[np.intp]:
     Of the first, and not of the neighbour: a thousand budgets over four decades are not one.
     """
     values, place = np.unique(logs, return_inverse=True)
-    step, first, found = 0, values[0], np.empty(len(values), np.intp)
+    step, first, found = 0, values[0] if len(values) else 0.0, np.empty(len(values), np.intp)
     for i, value in enumerate(values.tolist()):
         if value - first > SAME:
             step, first = step + 1, value

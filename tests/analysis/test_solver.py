@@ -113,7 +113,7 @@ def test_a_small_floor_is_found(floor, left_out):
 
 
 def test_an_asymptote_next_to_its_bound_goes_to_it():
-    """A step that is cut off at 0 is no longer downhill: such fits ended beside the optimum and were called converged."""
+    """A step that is cut off at 0 is no longer downhill: such fits stopped beside the optimum, said to be converged."""
     form, worse = FORMS["chinchilla"], 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
