@@ -24,9 +24,9 @@ from analysis.solver import Flags, Objective, residual, solve
 BOUND = 1e-9  # distance to a bound, relative to order one, that counts as at the bound
 FREEDOM = 2.5  # degrees of freedom of a cluster-robust interval below which it covers more than it says
 SURE = 1 / 3  # an exponent is identified where its interval is within this share of it on either side ...
+SURE_LEVEL = 1 / 2  # ... an asymptote or a prediction within this share of the level
 PLACE = np.log(2.0)  # ... and a place along x within this factor either way
 SQUARES = Objective()
-SURE_LEVEL = 1 / 2  # ... an asymptote or a prediction within this share of the level
 
 
 class Ends(NamedTuple):
@@ -232,8 +232,6 @@ def estimate(
     weights: Array,
     objective: Objective = SQUARES,
     codes: NDArray[np.intp] | None = None,
-    *,
-    start: Array | None = None,
 ) -> Estimate:
     """Fits of ``law`` to x [1 or B, n, d], y [B, n] > 0 with weights [B, n], in the caller's units."""
     count = len(y)
@@ -243,7 +241,7 @@ def estimate(
     if objective.delta is not None and objective.residuals == "raw":
         assert count == 1, "one delta in units of y for metrics of several scales"
         objective = Objective("raw", objective.loss, objective.delta / float(scale[0]))
-    found = solve(law, inputs, metric, weights, objective, start=start)
+    found = solve(law, inputs, metric, weights, objective)
     centre, centre_cost = found.theta, found.cost
     if law.asymptote is not None and objective.loss == "squares":
         place = law.parameters.index(law.asymptote)

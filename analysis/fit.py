@@ -70,9 +70,8 @@ def check(
             f"{form.name} form; {p + 1} are needed",
         )
     if x.shape[1] > 1:
-        left = 1.0 / np.diag(np.linalg.pinv(np.corrcoef(logs.T)))
         values, vectors = np.linalg.eigh(np.corrcoef(logs.T))
-        if values[0] < SEPARATE or left.min() < SEPARATE:
+        if values[0] < SEPARATE:  # what the others leave of an input is never less than that
             tied = " and ".join(
                 name for name, size in zip(form.inputs, np.abs(vectors[:, 0]), strict=True) if size > 0.1
             )

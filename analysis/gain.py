@@ -547,10 +547,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        if given.json:
-            table.write_json(given.json, {**about, "refused": refusal.told, "gains": []})
-        return EXIT_REFUSED
+        return table.refuse(refusal, given.json, {**about, "gains": []})
     print("\n".join(sentences(found, given.baseline)))
     if given.json:
         why = None if refused is None else refused.told

@@ -332,10 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        if given.json:
-            table.write_json(given.json, {**about, "refused": refusal.told})
-        return EXIT_REFUSED
+        return table.refuse(refusal, given.json, about)
     why = found.refusal
     if why is None or why.code != "too_few":
         print(text(found, at))

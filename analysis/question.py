@@ -167,7 +167,7 @@ def answer(given: argparse.Namespace) -> Answer:
     table.alike(frame, given.protocol or [], taken)
     _complete(frame, [given.y, *columns.values()])
     if not given.id:
-        _distinct(frame, [given.y, *columns.values(), *(given.group or [])])
+        table.distinct(frame, [given.y, *columns.values(), *(given.group or [])])
     chosen = "; ".join([f"{len(frame)} of {len(whole)} rows of {given.file}", *(f"where {sql}" for sql in given.where)])
     interval: Method | None = given.interval
     if given.bootstrap is not None and interval is None:
@@ -205,16 +205,6 @@ def _complete(frame: pl.DataFrame, names: Sequence[str]) -> None:
                 f"{count} of {len(frame)} rows have no {name} (the first is row {first}); "
                 f"--where '{told} IS NOT NULL' leaves them out",
             )
-
-
-def _distinct(frame: pl.DataFrame, names: Sequence[str]) -> None:
-    """Raises ``Refusal`` (duplicate_run) for rows that are equal in everything that is fitted."""
-    if count := int(frame.select(names).is_duplicated().sum()):
-        raise Refusal(
-            "duplicate_run",
-            f"{count} rows are not the only ones with their {', '.join(names)}: a run that stands twice counts twice; "
-            "--id COL says what tells them apart",
-        )
 
 
 def _split(text: str) -> tuple[str, str]:

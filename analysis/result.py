@@ -218,6 +218,13 @@ class Fit:
 
     def intervals(self, level: float = LEVEL) -> dict[str, Interval]:
         """By parameter; null with the reason where there is none."""
+        return self._standard if level == LEVEL else self._intervals(level)
+
+    @cached_property
+    def _standard(self) -> dict[str, Interval]:
+        return self._intervals(LEVEL)
+
+    def _intervals(self, level: float) -> dict[str, Interval]:
         method = self.interval_method
         if self.reason:
             return {n: Interval(v, None, None, level, method, self.dof, self.reason) for n, v in self.params.items()}

@@ -145,12 +145,8 @@ def _distinct(frame: pl.DataFrame, ids: Sequence[str], fitted: Sequence[str]) ->
     for name, count in Counter(table.labels(frame, ids, "--id") if ids else []).most_common(1):
         if count > 1:
             raise Refusal("duplicate_run", f"{name} stands {count} times among the rows (--id)")
-    if not ids and (count := int(frame.select(fitted).is_duplicated().sum())):
-        raise Refusal(
-            "duplicate_run",
-            f"{count} rows are not the only ones with their {', '.join(fitted)}: a run that stands twice counts twice; "
-            "--id COL says what tells them apart",
-        )
+    if not ids:
+        table.distinct(frame, fitted)
 
 
 def levels(values: Array) -> tuple[NDArray[np.intp], Array]:

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.refusal import Refusal
+from analysis.refusal import EXIT_REFUSED, Refusal
 
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".csv": lambda path: pl.read_csv(path, infer_schema_length=None, null_values=["", "NA", "nan", "NaN", "null"]),
@@ -168,6 +169,24 @@ def alike(frame: pl.DataFrame, names: Sequence[str], used: Sequence[str] | None 
             several = ", ".join(sorted(set(labels(frame, [name], "--protocol")))[:4])
             how = "; --where keeps one of them, --protocol none pools them" if guessed else ""
             raise Refusal("mixed_protocols", f"{name}: {count} values among rows that are compared: {several}{how}")
+
+
+def distinct(frame: pl.DataFrame, names: Sequence[str]) -> None:
+    """Raises ``Refusal`` (duplicate_run) for rows that are equal in everything that is fitted."""
+    if count := int(frame.select(names).is_duplicated().sum()):
+        raise Refusal(
+            "duplicate_run",
+            f"{count} rows are not the only ones with their {', '.join(names)}: a run that stands twice counts twice; "
+            "--id COL says what tells them apart",
+        )
+
+
+def refuse(refusal: Refusal, out: str | None, about: dict[str, Any]) -> int:
+    """Say that a whole question is refused, on stderr and in the JSON of ``--json``; the exit code."""
+    print(refusal, file=sys.stderr)
+    if out:
+        write_json(out, {**about, "refused": refusal.told})
+    return EXIT_REFUSED
 
 
 def write_json(path: str | os.PathLike[str], held: Any) -> None:
