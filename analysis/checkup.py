@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.estimate import Estimate
@@ -19,6 +20,7 @@ from analysis.solver import residual
 LEVEL = 0.01  # of a test below which its answer is told
 FAR = 6.0  # robust standard deviations of an outlier
 LEAST = 8  # points from which residuals have a shape
+ROUNDING = 1e-20  # share of a sum of squares that is rounding
 MOST = 4000  # cells of the lack-of-fit design: beyond that it is not worth its time
 
 
@@ -42,30 +44,42 @@ def checkup(found: Estimate, x: Array, y: Array) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _lack(found: Estimate, x: Array, off: Array) -> str | None:
-    """Fisher's test where points repeat; groups that lie apart as a whole have a level each."""
-    place = points(x)
-    count, groups = int(place.max()) + 1, found.clusters or 1
-    spare, within = count - len(found.law.parameters), len(off) - count - (groups - 1)
-    if spare < 1 or within < 2 or len(off) * (count + groups) > MOST * 100:
+def lack_of_fit(
+    off: Array, place: NDArray[np.intp], codes: NDArray[np.intp], parameters: int, root: Array | float = 1.0
+) -> float | None:
+    """Probability of residuals ``off`` [n] of a law with so many parameters by scatter alone, by Fisher's F test.
+
+    Groups ``codes`` [n] that lie apart as a whole say nothing about the shape, so each has its own level: the squares
+    are split into those about a free value per design point ``place`` [n] (scatter, n - points - groups + 1 degrees of
+    freedom) and the rest (lack of fit, points - parameters). ``root``: square roots of weights that are in ``off``.
+    None without a degree of freedom for either, and where repeats agree to the last digit.
+    """
+    count, groups = int(place.max()) + 1, int(codes.max()) + 1
+    spare, within = count - parameters, len(off) - count - (groups - 1)
+    if spare < 1 or within < 1:
         return None
-    codes = np.zeros(len(off), np.intp) if found.codes is None else found.codes
-    levels = np.eye(groups)[codes]
-    root = np.sqrt(found.weights[0])[:, None]
-    levels = levels * root
-    design = np.column_stack([np.eye(count)[place] * root, levels[:, 1:]])
+    scaled = np.broadcast_to(np.asarray(root, np.float64), off.shape)[:, None]
+    levels = np.eye(groups)[codes] * scaled
+    design = np.column_stack([np.eye(count)[place] * scaled, levels[:, 1:]])
     free = off - design @ np.linalg.lstsq(design, off, rcond=None)[0]
     shifted = off - levels @ np.linalg.lstsq(levels, off, rcond=None)[0] if groups > 1 else off
     scatter = float(free @ free)
     lack = float(shifted @ shifted) - scatter
-    if scatter <= 1e-20 * max(lack, 0.0):
+    if scatter <= ROUNDING * lack:
         return None
-    p = float(stats.f.sf(max(lack, 0.0) / spare / (scatter / within), spare, within))
-    return (
-        f"the law misses the means of repeated points by more than their scatter (lack of fit, p = {p:.2g})"
-        if p < LEVEL
-        else None
-    )
+    return float(stats.f.sf(max(lack, 0.0) / spare / (scatter / within), spare, within))
+
+
+def _lack(found: Estimate, x: Array, off: Array) -> str | None:
+    place = points(x)
+    codes = np.zeros(len(off), np.intp) if found.codes is None else found.codes
+    count, groups = int(place.max()) + 1, int(codes.max()) + 1
+    if len(off) - count - (groups - 1) < 2 or len(off) * (count + groups) > MOST * 100:
+        return None
+    p = lack_of_fit(off, place, codes, len(found.law.parameters), np.sqrt(found.weights[0]))
+    if p is None or p >= LEVEL:
+        return None
+    return f"the law misses the means of repeated points by more than their scatter (lack of fit, p = {p:.2g})"
 
 
 def _runs(x: Array, off: Array) -> str | None:

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.arms import Arm, Envelope, envelope_table, identity, mean_curve, resampled
+from analysis.checkup import lack_of_fit
 from analysis.fit import MISFIT, fit
 from analysis.forms import FORMS
 from analysis.interval import LEVEL, WIDE_RATIO, Interval
@@ -28,7 +29,6 @@ from analysis.uncertainty import DRAWS, Units, hierarchical, inflation, resample
 
 GRID = 160  # compute values at which curves are compared
 MISFIT_P = 0.01  # lack of fit is told from scatter at this level
-ROUNDING = 1e-20  # share of a sum of squares that is rounding
 REFITTED = 0.9  # share of resamples that have to give a curve
 
 
@@ -112,28 +112,11 @@ class Misfit(NamedTuple):
 
 
 def misfit(rows: pd.DataFrame, found: Fit) -> Misfit:
-    """Lack of fit of a law to an envelope (columns seed, budget, x, y), by Fisher's split of the residual squares.
-
-    Seeds that lie apart as a whole say nothing about the shape of the curve, so each has its own level: the residuals
-    of the law with a level per seed are split into those of a free value per budget (scatter, n - budgets - seeds + 1
-    degrees of freedom) and the rest (lack of fit, budgets - parameters).
-    """
-    residuals = np.log(rows["y"].to_numpy()) - np.log(found.predict(rows["x"].to_numpy()))
-    missed = pd.DataFrame({"budget": rows["budget"].to_numpy(), "seed": rows["seed"].to_numpy(), "log": residuals})
-    mean = missed.groupby("budget")["log"].mean()
-    rms = math.sqrt(float((mean**2).mean()))
-    level = missed["log"] - missed.groupby("seed")["log"].transform("mean")
-    seeds = missed["seed"].nunique()
-    spare, within = len(mean) - len(found.params), len(missed) - len(mean) - (seeds - 1)
-    if spare < 1 or within < 1:
-        return Misfit(rms, None)
-    design = pd.get_dummies(missed[["budget", "seed"]].astype(str)).to_numpy(np.float64)
-    free = design @ np.linalg.lstsq(design, residuals, rcond=None)[0]
-    scatter = float(((residuals - free) ** 2).sum())
-    lack = float((level**2).sum()) - scatter
-    if scatter <= ROUNDING * lack:  # the seeds agree to the last digit, which is no measure of scatter
-        return Misfit(rms, None)
-    return Misfit(rms, float(stats.f.sf(max(lack, 0.0) / spare / (scatter / within), spare, within)))
+    """Lack of fit of a law to an envelope (columns seed, budget, x, y): seeds are groups, budgets the design points."""
+    missed = np.log(rows["y"].to_numpy()) - np.log(found.predict(rows["x"].to_numpy()))
+    place, codes = (np.unique(rows[name].to_numpy(), return_inverse=True)[1] for name in ("budget", "seed"))
+    mean = np.bincount(place, missed) / np.bincount(place)
+    return Misfit(math.sqrt(float((mean**2).mean())), lack_of_fit(missed, place, codes, len(found.params)))
 
 
 def law(arm: Arm, form: str | None = None, *, draws: int = DRAWS, seed: int = 0) -> Law:
